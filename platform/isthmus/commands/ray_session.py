@@ -1,0 +1,98 @@
+"""Joins the Ray cluster that a command was started in, or starts one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from isthmus.errors import IsthmusError
+
+LOGS = "ISTHMUS_RAY_LOGS"
+"""Set to anything, it shows what workers print; without it their logs are in Ray's session folder alone."""
+
+LOGICAL_CPUS = 8
+"""At least this many slots: two trainers, the readers and a controller together need more than a small machine has
+cores, and with as many slots as cores they wait for one another for ever."""
+
+
+@contextmanager
+def ray_session(cpus: float = 0) -> Iterator[None]:
+    """A Ray cluster for the block. One that was there before is left as it was.
+
+    Inside a submitted job, or with ``RAY_ADDRESS`` set, the running cluster is joined. Otherwise one is started that
+    listens on loopback alone, has no dashboard, and ends with the block.
+
+    Args:
+        cpus: logical CPUs that the command will ask for at once.
+
+    Raises:
+        IsthmusError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    joined = joins_cluster()
+    _prepare(local=not joined)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if joined:
+        _join()
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1, int(cpus + 4)),
+            include_dashboard=False,
+            log_to_driver=bool(os.environ.get(LOGS)),
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        if not joined or not _in_job():
+            ray.shutdown()
+
+
+def joins_cluster() -> bool:
+    """Whether the environment names a cluster: ``RAY_ADDRESS``, which Ray also sets in a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _in_job() -> bool:
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def _join() -> None:
+    import ray
+
+    try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=bool(os.environ.get(LOGS)))
+    except (ConnectionError, ValueError) as error:
+        raise IsthmusError(
+            f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer.",
+            "Start it, correct the address, or unset RAY_ADDRESS to run on this machine.",
+        ) from error
+
+
+def _prepare(*, local: bool) -> None:
+    """Settings that Ray reads when it is first imported and hands to its children; what the user has set stays."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # else one process per logical CPU starts, most for nothing
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if local:
+        # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, for a cluster to come. This
+        # switch, made for systems that only run single nodes, is what keeps all of its ports on loopback.
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # no cloud takes this machine away
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,49 @@
+"""Typed recipes: YAML -> frozen pydantic models that refuse unknown keys."""
+
+from isthmus.config.base import Config, MethodConfig
+from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
+from isthmus.config.places import Place, absolute, anchored
+from isthmus.config.schema import (
+    CaptionConfig,
+    ClusterConfig,
+    DataConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    LanguageConfig,
+    QFormerConfig,
+    RegisterConfig,
+    RunConfig,
+    ServeConfig,
+    TextConfig,
+    TrackingConfig,
+    TrainConfig,
+    VisionConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "CaptionConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "LanguageConfig",
+    "MethodConfig",
+    "Place",
+    "QFormerConfig",
+    "RegisterConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TextConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "ZeroConfig",
+    "absolute",
+    "anchored",
+    "load_config",
+    "load_run",
+    "read_yaml",
+    "to_yaml",
+]

@@ -1,0 +1,17 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """A frozen section: unknown keys are refused, values are not coerced across kinds ("2" is no number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class MethodConfig(Config):
+    """Base of every method's own options; ``name`` picks the method."""
+
+    name: str

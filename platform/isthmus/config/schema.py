@@ -1,0 +1,274 @@
+"""The sections of a recipe. Defaults are the ones a run on one small machine wants; every field says its unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+
+from isthmus.config.base import Config, MethodConfig
+from isthmus.config.places import Place
+from isthmus.errors import nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["fp32", "bf16", "auto"]
+Source = Annotated[str, Place()]
+Output = Annotated[str, Place(written=True)]
+MaybeOutput = Annotated[str | None, Place(written=True)]
+MaybeSource = Annotated[str | None, Place()]
+
+
+class VisionConfig(Config):
+    """A frozen image encoder.
+
+    ``name`` is any timm architecture that yields tokens or a feature map. ``weights`` is ``random`` (seeded),
+    ``timm`` (the hub's pretrained weights of that name), ``pkg:NAME`` (a package of the weights catalogue), or a
+    path to a ``.safetensors`` or ``.pth`` file.
+    """
+
+    name: str = "tf_efficientnet_lite0"
+    weights: Source = "pkg:efficientnet-lite0"
+    image_size: Positive | None = Field(None, description="pixels; the model's own size when not given")
+    layer: int = Field(-1, description="which block's output is taken; -1 is the last, -2 the second last")
+    final_norm: bool = Field(True, description="apply the encoder's closing normalisation")
+    pool: Literal["none", "mean"] = Field("none", description="mean: one averaged token instead of all")
+
+
+class TextConfig(Config):
+    """A BERT-family text encoder: tokenizer and, where widths allow, initial weights.
+
+    ``weights`` is ``pkg:NAME``, a local directory in Hugging Face layout, or ``hf:ORG/NAME@REVISION``.
+    """
+
+    weights: Source = "pkg:all-minilm-l6-v2"
+    max_length: Positive = Field(32, description="tokens, including [CLS] and [SEP]")
+
+
+class LanguageConfig(Config):
+    """A frozen causal language model, in the same notation as :class:`TextConfig`."""
+
+    weights: Source = "pkg:smollm2-135m-instruct"
+    max_length: Positive = Field(32, description="caption tokens, including the end token")
+    prompt: str = Field("", description="text between the soft prompt and the caption; takes no loss")
+    opening: Literal["text", "first"] = Field(
+        "text",
+        description="where the begin-of-sequence token stands: before the text, behind the soft prompt (LAVIS), or "
+        "first of all, for a model that keeps its attention sink on it and is thrown off by anything else there",
+    )
+    dropout: bool = Field(False, description="True wakes the frozen model's dropout in training, as LAVIS does")
+
+
+class QFormerConfig(Config):
+    """Shape of the Q-Former. The paper's is 12 layers of 768, 12 heads, 32 queries."""
+
+    layers: Positive = 12
+    width: Positive = 768
+    heads: Positive = 12
+    feed_forward: Positive = 3072
+    queries: Positive = 32
+    cross_every: Positive = Field(2, description="cross-attention in layers 0, n, 2n, ...")
+    dropout: Fraction = 0.1
+    embed: Positive = Field(256, description="width of the shared image-text space")
+    text_pool: Literal["first", "mean"] = Field(
+        "first",
+        description="what stands for a text in ITC: its [CLS] token (the paper), or the mean of its tokens; that suits "
+        "initial weights of a mean-pooled sentence encoder, whose lower layers leave [CLS] alike for all texts",
+    )
+    init: str | None = Field("text", description="'text': first layers of the text weights; null: random")
+
+
+class DataConfig(Config):
+    """Where the image-text pairs are and how images reach the trainer."""
+
+    train: Source = Field(description="URL of an indexed data set (the folder that holds manifest.parquet)")
+    placement: Literal["inline", "streamed", "cached"] = Field(
+        "inline",
+        description="where frozen image features are computed: in the trainer, in a Ray Data stage, or beforehand",
+    )
+    cache: MaybeSource = Field(None, description="URL of the feature cache; needed by placement 'cached'")
+    captions: Literal["drawn", "first"] = Field(
+        "drawn", description="a sample's caption in an epoch: one drawn from all that it has, or always its first"
+    )
+    max_failed_share: Fraction = Field(0.01, description="a larger share of unreadable samples stops the run")
+    decode_workers: Positive = Field(1, description="Ray Data tasks that decode at once, per trainer")
+    prefetch: Positive = Field(4, description="batches kept ready per trainer")
+
+    @model_validator(mode="after")
+    def _cache_is_named(self) -> DataConfig:
+        if self.placement == "cached" and not self.cache:
+            raise ValueError("placement 'cached' needs 'cache', the URL that `isthmus data cache` wrote")
+        return self
+
+
+class TrainConfig(Config):
+    """The optimisation: AdamW, linear warm-up, cosine per step."""
+
+    steps: Positive
+    global_batch: Positive = Field(64, description="pairs per optimizer step, over all workers")
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="factors of the learning rate by the beginning of parameter names, e.g. {qformer: 0.1}"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0 clips nothing")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware has it, else fp32")
+    seed: int = 0
+    log_every: Positive = Field(10, description="steps between logged rows")
+    checkpoint_every: Positive = Field(200, description="steps between checkpoints")
+    keep_checkpoints: Positive = 2
+
+
+class ClusterConfig(Config):
+    """Ray resources of one run."""
+
+    workers: Positive = Field(2, description="data-parallel training processes")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="worker-group restarts; -1 is without end")
+
+
+class ZeroConfig(Config):
+    """DeepSpeed ZeRO."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+
+
+class TrackingConfig(Config):
+    """MLflow. ``uri`` None means ``MLFLOW_TRACKING_URI``, and without that ``sqlite:///runs/mlflow.db``."""
+
+    uri: MaybeOutput = None
+    experiment: str = "isthmus"
+
+
+class RegisterConfig(Config):
+    """Under which name and alias the trained model is registered."""
+
+    name: str
+    alias: str = "candidate"
+
+
+class RunConfig(Config):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the same name resumes the same run")
+    method: SerializeAsAny[MethodConfig]
+    data: DataConfig
+    train: TrainConfig
+    parent: MaybeSource = Field(None, description="registered model this run starts from, models:/NAME@ALIAS")
+    cluster: ClusterConfig = ClusterConfig()
+    zero: ZeroConfig = ZeroConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: Output = Field("runs", description="local folder or URL; the run writes to <storage>/<name>")
+    model: RegisterConfig | None = Field(None, description="what the trained model is registered as")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, value: Any, info: ValidationInfo) -> Any:
+        methods: dict[str, type[MethodConfig]] | None = (info.context or {}).get("methods")
+        if isinstance(value, MethodConfig) or methods is None:
+            return value
+        if not isinstance(value, dict) or "name" not in value:
+            raise ValueError(f"expected a section with a 'name', one of: {', '.join(sorted(methods))}")
+        if value["name"] not in methods:
+            known = ", ".join(sorted(methods))
+            raise ValueError(
+                f"no method is called '{value['name']}'.{nearest(str(value['name']), methods)} Known: {known}"
+            )
+        return methods[value["name"]].model_validate(value)
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> RunConfig:
+        if self.train.global_batch % self.cluster.workers:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} does not divide among "
+                f"cluster.workers {self.cluster.workers}"
+            )
+        return self
+
+
+class EvaluateConfig(Config):
+    """Held-out figures of one registered model."""
+
+    model: Source = Field(description="models:/NAME@ALIAS or a folder")
+    data: Source = Field(description="URL of an indexed data set")
+    cache: MaybeSource = None
+    tasks: tuple[Literal["retrieval", "captioning"], ...] = ("retrieval",)
+    captions: MaybeSource = Field(None, description="score these bulk captions instead of generating")
+    rerank: Annotated[int, Field(ge=0)] = Field(0, description="re-rank the best k by ITM; 0 is off")
+    limit: Positive | None = None
+    batch: Positive = 64
+    captions_per_image: Literal["first", "all"] = Field(
+        "first", description="retrieval: which captions of an image take part; all of them are its positives"
+    )
+    prompt: str = Field("", description="captioning: text between the soft prompt and the caption")
+    max_new_tokens: Positive = 20
+    min_new_tokens: Annotated[int, Field(ge=0)] = 1
+    num_beams: Positive = 1
+    meteor: bool = Field(False, description="captioning: METEOR too; needs Java, 2 GB and up to a minute to start")
+    seed: int = 0
+    out: MaybeOutput = Field(None, description="folder for metrics.json and rows.parquet")
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class CaptionConfig(Config):
+    """Bulk captioning of an image lake, exactly once."""
+
+    model: Source
+    data: Source = Field(description="URL of an indexed data set, of tars or of Parquet files")
+    out: Output = Field(description="folder or URL for Parquet parts and commit records")
+    chunk: Positive = Field(128, description="images per deterministic chunk, the unit that is committed")
+    batch: Positive = Field(32, description="images per forward pass")
+    actors: Positive = 1
+    cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    prompt: str = ""
+    max_new_tokens: Positive = 20
+    min_new_tokens: Annotated[int, Field(ge=0)] = 1
+    num_beams: Positive = 1
+    max_failed_share: Fraction = 0.01
+    cache: MaybeSource = Field(None, description="feature cache to read instead of encoding the images again")
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class EmbedConfig(Config):
+    """Bulk embeddings of images and texts."""
+
+    model: Source
+    data: Source
+    out: Output
+    images: bool = True
+    texts: bool = True
+    chunk: Positive = 256
+    batch: Positive = 64
+    actors: Positive = 1
+    cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    max_failed_share: Fraction = 0.01
+    cache: MaybeSource = None
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class ServeConfig(Config):
+    """The online service. Unauthenticated access is refused unless bound to loopback with ``auth: none``."""
+
+    models: Annotated[dict[str, str], Place()] = Field(description="served name -> models:/NAME@ALIAS")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    auth: Literal["token", "none"] = "token"
+    token_env: str = Field("ISTHMUS_API_KEY", description="environment variable that holds the bearer token")
+    replicas: Positive = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    max_batch: Positive = 8
+    batch_wait_ms: Annotated[float, Field(ge=0)] = 10
+    max_ongoing: Positive = 32
+    max_queued: Positive = 64
+    timeout_s: Annotated[float, Field(gt=0)] = 60
+    max_body_mb: Annotated[float, Field(gt=0)] = 10
+    max_pixels: Positive = 40_000_000
+    max_new_tokens: Positive = 64
+    tracking: TrackingConfig = TrackingConfig()

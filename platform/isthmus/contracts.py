@@ -1,0 +1,311 @@
+"""The types that flow between the layers. Nothing here knows Ray, DeepSpeed or MLflow.
+
+Shape letters, written as suffixes: B local batch, G global batch (B x world size), N image tokens, Q query tokens,
+T text tokens, D vision width, M Q-Former width, E shared embedding, H heads, V vocabulary, L language-model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-text pair on its way to a batch.
+
+    Attributes:
+        id: int64, unique within the data set's manifest.
+        key: the sample's name inside its shard.
+        captions: every caption of the image, at least one for training.
+        pixels_CHW: float32, transformed, or None when ``features_ND`` is given.
+        features_ND: the frozen encoder's tokens, float16 or float32, or None.
+    """
+
+    id: int
+    key: str
+    captions: tuple[str, ...] = ()
+    pixels_CHW: np.ndarray | None = None
+    features_ND: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method's forward receives. Optional members are None where a method has no use for them.
+
+    Attributes:
+        sample_ids_B: int64.
+        valid_B: bool; False marks the padding rows of an epoch's last batch. They count in no loss.
+        step: global optimizer step, the same on every rank; keys the counter-based generators.
+        epoch: completed passes over the data.
+        pixels_BCHW, features_BND: exactly one of the two is given.
+        ids_BT, mask_BT: int64 token ids and 0/1 attention mask, right-padded.
+        labels_BT: int64 targets, -100 where no loss is taken.
+        prefix_ids_BT, prefix_mask_BT: encoder-side prefix of prefix language modelling.
+        texts: the captions as chosen for this epoch, for logging and checks.
+    """
+
+    sample_ids_B: Tensor
+    valid_B: Tensor
+    step: int = 0
+    epoch: int = 0
+    pixels_BCHW: Tensor | None = None
+    features_BND: Tensor | None = None
+    ids_BT: Tensor | None = None
+    mask_BT: Tensor | None = None
+    labels_BT: Tensor | None = None
+    prefix_ids_BT: Tensor | None = None
+    prefix_mask_BT: Tensor | None = None
+    texts: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Every tensor on ``device``; the rest unchanged."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return int(self.sample_ids_B.shape[0])
+
+
+@dataclass
+class LossTerms:
+    """A method's answer to one batch.
+
+    Attributes:
+        total: scalar to differentiate. Scaled so that the *average over ranks* of the gradients is the gradient of
+            the mean over the global batch (local sum x world size / global count): any world size gives one answer.
+        parts: detached scalars by name, scaled like ``total``; their average over ranks is the global value.
+        metrics: further detached scalars worth logging (accuracies, temperature), averaged over ranks likewise.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Comm(Protocol):
+    """The collective operations that losses need. ``world_size`` 1 needs no process group."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def gather(self, x_B: Tensor, *, grad: bool) -> Tensor:
+        """Rows of every rank in rank order, [world_size * B, ...].
+
+        ``grad=False`` gives a constant, also for this rank's own rows and also at world size 1 (the LAVIS rule);
+        ``grad=True`` gives a differentiable gather whose backward sums the ranks' gradients of each row.
+        All ranks must pass equal shapes.
+        """
+        ...
+
+    def fetch_rows(self, x_B: Tensor, index: Tensor) -> Tensor:
+        """Rows ``index`` (int64, [K], global row numbers, K equal on all ranks) of the gathered x, differentiable.
+
+        Moves only what is asked for where the back end can; the result equals ``gather(x, grad=True)[index]``.
+        """
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, not differentiable."""
+        ...
+
+    def max(self, value: int) -> int:
+        """Largest of the ranks' integers."""
+        ...
+
+
+class LocalComm:
+    """One process. Keeps the detached/differentiable distinction that several ranks have."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, x_B: Tensor, *, grad: bool) -> Tensor:
+        return x_B if grad else x_B.detach()
+
+    def fetch_rows(self, x_B: Tensor, index: Tensor) -> Tensor:
+        return x_B[index]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def max(self, value: int) -> int:
+        return value
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen pretrained part: referenced by name and digest, never written into a checkpoint.
+
+    Attributes:
+        role: ``vision``, ``text`` or ``language``.
+        weights: where it came from, as the recipe names it.
+        digest: sha256 over its tensors in name order.
+    """
+
+    role: str
+    weights: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The two values that a loss is read against.
+
+    Attributes:
+        chance: the loss of a model that knows nothing.
+        floor: the lowest value the loss can take (label smoothing keeps it above zero).
+    """
+
+    chance: float
+    floor: float = 0.0
+
+
+class StageModule(nn.Module):
+    """A method's model and losses as the one module that DeepSpeed wraps.
+
+    ``train()`` leaves every sub-module whose parameters are all frozen in eval mode, so that dropout and batch
+    statistics of pretrained parts never wake up.
+    """
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """Losses of one local batch; collective calls inside must be the same on every rank."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> StageModule:
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+
+Collate = Callable[[Sequence[Sample], int, int], Batch]
+"""(samples, epoch, step) -> Batch. Chooses one caption of each sample for this epoch, tokenises, stacks."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that a runtime needs of a method, assembled by its ``build``.
+
+    Attributes:
+        module: model + objective; its non-frozen parameters are what is trained and saved.
+        collate: makes a Batch of Samples.
+        transform: evaluation image transform spec, PIL image -> float32 [3, H, W]; picklable.
+        augment: training image transform (image, seed) -> float32 [3, H, W]; the same as
+            ``transform`` where nothing is augmented.
+        references: (global batch) -> loss part name -> Reference.
+        bases: the frozen pretrained parts that this stage stands on.
+        image_spec: {"tokens": N, "width": D, "image_size": S}.
+    """
+
+    module: StageModule
+    collate: Collate
+    transform: Callable[[Any], np.ndarray]
+    augment: Callable[[Any, int], np.ndarray]
+    references: Callable[[int], Mapping[str, Reference]]
+    bases: tuple[Base, ...]
+    image_spec: Mapping[str, int]
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A module that places images and texts in one space. Implemented by StageModules that can retrieve."""
+
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, Q, E]; Q is 1 for single-vector methods."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [B, E]."""
+        ...
+
+
+@runtime_checkable
+class Matches(Protocol):
+    """A module that scores given image-text pairs jointly (ITM)."""
+
+    def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logit of 'these belong together', float32 [B]."""
+        ...
+
+
+@runtime_checkable
+class Captions(Protocol):
+    """A module that turns images into a soft prompt for its frozen language model."""
+
+    def generate(
+        self,
+        features_BND: Tensor,
+        *,
+        prompt: str = "",
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+    ) -> list[str]:
+        """One stripped caption per image."""
+        ...
+
+
+@runtime_checkable
+class Sees(Protocol):
+    """A module that holds its frozen image encoder."""
+
+    def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
+        """Frozen image tokens, [B, N, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method's ``build`` is given beside its own configuration.
+
+    Attributes:
+        comm: collectives of the group that the module will run in.
+        seed: initialisation of the trainable parts and the counter-based generators.
+        with_vision: False skips loading the image encoder (features come from a cache).
+        parent: directory of an unpacked model that this stage starts from (stage 2's stage 1), or None.
+        gradient_checkpointing: recompute activations in backward.
+        bf16: training computes in bfloat16, so a frozen language model may be held in it, at half the bytes.
+    """
+
+    comm: Comm = field(default_factory=LocalComm)
+    seed: int = 0
+    with_vision: bool = True
+    parent: str | None = None
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model.
+
+    Attributes:
+        name, version, alias: as in ``models:/name/version`` and ``models:/name@alias``.
+        uri: what every other command takes.
+        path: local directory of the unpacked artefact, or "" where it has not been fetched.
+        lineage: data manifest digest, base digests, parent version, code version.
+    """
+
+    name: str
+    version: str
+    alias: str
+    uri: str
+    path: str = ""
+    lineage: Mapping[str, Any] = field(default_factory=dict)

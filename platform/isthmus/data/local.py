@@ -1,0 +1,124 @@
+"""One rank's rows of one step, as a function of the step: the same in a thread, in a Ray task, and after a resume."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from isthmus.contracts import Batch, Collate, Sample
+from isthmus.data.manifest import Manifest
+from isthmus.data.order import PADDING, Order, mix
+from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
+from isthmus.data.transforms import DecodeError, decode_image
+from isthmus.errors import DataError
+
+Row = Sample | Failure | None
+"""A row of a local batch; None is the padding at an epoch's end."""
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of one rank at one step, [G/world] of them."""
+
+    step: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the rows of a rank. Picklable; the manifest is loaded once in each process that needs it.
+
+    Attributes:
+        data, digest: URL of the indexed folder and the digest its manifest must have.
+        order, rank, world: whose rows.
+        seed: of the augmentation.
+        augment: (PIL image, seed) -> float32 [3, H, W].
+        size: pixels of the augmented image, which lets JPEGs be decoded at a fraction of their size.
+        environment: variables to lay over the process's own.
+    """
+
+    data: str
+    digest: str
+    order: Order
+    rank: int
+    world: int
+    seed: int
+    augment: Callable[[Any, int], np.ndarray]
+    size: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> LocalRows:
+        """Read, decode and augment the rows of ``step``."""
+        os.environ.update(self.environment)
+        manifest = cached_manifest(self.data, self.digest)
+        epoch = self.order.epoch_of(step)
+        numbers = self.order.local(step, self.rank, self.world)
+        real = numbers[numbers != PADDING]
+        found = iter(zip(real.tolist(), read_rows(manifest, real), strict=True))
+        rows: list[Row] = []
+        for number in numbers:
+            if number == PADDING:
+                rows.append(None)
+            else:
+                row, raw = next(found)
+                augment = functools.partial(_augment, self.augment, mix(self.seed, raw.id, epoch))
+                rows.append(to_sample(manifest, row, raw, augment, self.size))
+        return LocalRows(step, tuple(rows))
+
+
+def _augment(augment: Callable[[Any, int], np.ndarray], seed: int, image: Any) -> np.ndarray:
+    return augment(image, seed)
+
+
+def to_sample(
+    manifest: Manifest,
+    row: int,
+    raw: RawSample | Failure,
+    transform: Callable[[Any], np.ndarray] | None,
+    size: int | None,
+) -> Sample | Failure:
+    """A stored sample decoded and transformed, or why that failed. ``transform`` None leaves the image alone."""
+    if isinstance(raw, Failure):
+        return raw
+    if transform is None:
+        return Sample(raw.id, raw.key, raw.captions)
+    try:
+        return Sample(raw.id, raw.key, raw.captions, pixels_CHW=transform(decode_image(raw.image, at_least=size)))
+    except DecodeError as error:
+        return failure_of(manifest, row, error.reason, raw.image)
+
+
+@functools.lru_cache(maxsize=4)
+def cached_manifest(url: str, digest: str) -> Manifest:
+    """The manifest of ``url``, loaded once per process.
+
+    Raises:
+        DataError: the folder was indexed anew since ``digest`` was read.
+    """
+    manifest = Manifest.load(url, verify=False)
+    if manifest.digest != digest:
+        raise DataError(f"{url} was indexed anew while a run reads it.", "Start the run again.")
+    return manifest
+
+
+def to_batch(local: LocalRows, order: Order, collate: Collate, blank: Sample) -> Batch:
+    """The batch of a rank, always of all its rows.
+
+    Padding and failed rows repeat a sample of the batch (``blank`` where there is none) and are False in ``valid_B``.
+    """
+    good = [row for row in local.rows if isinstance(row, Sample)] or [blank]
+    filled = [row if isinstance(row, Sample) else good[number % len(good)] for number, row in enumerate(local.rows)]
+    valid_B = torch.tensor([isinstance(row, Sample) for row in local.rows], dtype=torch.bool)
+    batch = collate(filled, order.epoch_of(local.step), local.step)
+    return replace(batch, valid_B=batch.valid_B & valid_B)
+
+
+def failures(rows: Sequence[Row]) -> list[Failure]:
+    """The failed ones."""
+    return [row for row in rows if isinstance(row, Failure)]

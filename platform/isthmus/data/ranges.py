@@ -1,0 +1,154 @@
+"""Reading byte ranges of one file, from several threads, over stores that fail now and then."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import random
+import threading
+import time
+
+import pyarrow as pa
+
+from isthmus import storage
+from isthmus.errors import StorageError
+
+_ATTEMPTS = 5
+
+
+class RangeReader:
+    """One open file. A read that fails or comes back short is tried again at the same offset on a fresh handle.
+
+    The position is part of each request, never a state of a stream: a retry cannot skip or repeat bytes.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._lock = threading.Lock()
+        self._handle: pa.NativeFile | None = None
+        self.size = self._open().size()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``.
+
+        Raises:
+            StorageError: the file is shorter, or the store failed %d times in a row.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise StorageError(
+                f"{self.url} has {self.size} bytes; {length} bytes at {offset} were asked for.",
+                "The file has changed since it was indexed: index it again.",
+            )
+        reason = "short read"
+        for attempt in range(_ATTEMPTS):
+            handle = self._open()
+            try:
+                data = handle.read_at(length, offset)
+                if len(data) == length:
+                    return bytes(data)
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+            self._drop(handle)
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(0.05 * 2**attempt * (1 + random.random()))  # noqa: S311  (jitter, no secret)
+        raise StorageError(
+            f"{self.url} could not be read at {offset} after {_ATTEMPTS} attempts: {reason}.", "Check the store."
+        )
+
+    def close(self) -> None:
+        """Give the handle back; a later read opens it again."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
+
+    def _open(self) -> pa.NativeFile:
+        with self._lock:
+            if self._handle is None:
+                self._handle = storage.open_input(self.url)
+            return self._handle
+
+    def _drop(self, handle: pa.NativeFile) -> None:
+        # Not closed here: another thread may be reading through it. It closes itself when the last of them lets go.
+        with self._lock:
+            if self._handle is handle:
+                self._handle = None
+
+
+RangeReader.read.__doc__ = (RangeReader.read.__doc__ or "") % _ATTEMPTS
+
+
+class Sequential:
+    """A forward-only file object over :class:`RangeReader` that hashes every byte it passes.
+
+    Gives an archive parser ``read``, ``tell`` and a forward ``seek``; bytes that are skipped are hashed too, so after
+    :meth:`drain` ``digest`` is the sha256 of the whole file, from one pass.
+    """
+
+    def __init__(self, source: RangeReader, chunk: int = 4 << 20) -> None:
+        self._source, self._chunk = source, chunk
+        self._hash = hashlib.sha256()
+        self._buffer, self._start, self._position = b"", 0, 0
+
+    def read(self, length: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+        parts = []
+        while length > 0 and (piece := self._peek(length)):
+            parts.append(piece)
+            self._position += len(piece)
+            length -= len(piece)
+        return b"".join(parts)
+
+    def seek(self, position: int) -> int:
+        """Move forward; past the end stops at the end."""
+        if position < self._position:
+            raise OSError("this file is read forwards only")
+        while self._position < position and (piece := self._peek(position - self._position)):
+            self._position += len(piece)
+        return self._position
+
+    def tell(self) -> int:
+        """Bytes passed."""
+        return self._position
+
+    def drain(self) -> bool:
+        """Pass the rest of the file; True when it holds anything but zero bytes."""
+        found = False
+        while piece := self._peek(self._chunk):
+            found = found or any(piece)
+            self._position += len(piece)
+        return found
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the bytes fetched; the whole file's after :meth:`drain`."""
+        return self._hash.hexdigest()
+
+    def _peek(self, length: int) -> bytes:
+        within = self._position - self._start
+        if within >= len(self._buffer):
+            self._start += len(self._buffer)
+            want = min(self._chunk, self._source.size - self._start)
+            self._buffer = self._source.read(self._start, want) if want > 0 else b""
+            self._hash.update(self._buffer)
+            within = 0
+        return self._buffer[within : within + length]
+
+
+class _Handles:
+    """Open readers of this process, the least recently used closed first."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._get = functools.lru_cache(maxsize=limit)(lambda url, _pid: RangeReader(url))
+
+    def __call__(self, url: str) -> RangeReader:
+        return self._get(url, os.getpid())
+
+    def forget(self) -> None:
+        """Let all handles go, so that files rewritten by this process are seen."""
+        self._get.cache_clear()
+
+
+open_range = _Handles()
+"""``open_range(url)``: the process's shared :class:`RangeReader` of a file."""

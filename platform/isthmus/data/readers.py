@@ -1,0 +1,231 @@
+"""Samples by manifest row: byte ranges of tars, row groups of Parquet files.
+
+Rows are asked for by number and answered one for one, in the order asked: a sample, or a :class:`Failure` that says
+where and why. Nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from isthmus import storage
+from isthmus.data.captions import as_captions, parse_captions, parse_meta
+from isthmus.data.manifest import Manifest
+from isthmus.data.ranges import open_range
+from isthmus.data.scan import parquet_columns
+from isthmus.errors import IsthmusError
+
+_WINDOW = 256  # rows planned together; bounds the memory of a pass over the whole set
+_GAP = 64 << 10  # two ranges closer than this are cheaper as one request
+_MOST = 8 << 20  # bytes of one request
+_REQUESTS = 8  # requests under way at once
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as stored: encoded image bytes, captions (perhaps none) and the remaining fields of its JSON."""
+
+    id: int
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be read or decoded.
+
+    Attributes:
+        id, key: which one.
+        shard: name of its shard.
+        offset: byte offset of the image in the shard (Parquet: the row).
+        reason: one sentence.
+        digest: sha256 of the image bytes, "" where they could not be read.
+    """
+
+    id: int
+    key: str
+    shard: str
+    offset: int
+    reason: str
+    digest: str = ""
+
+
+def failure_of(manifest: Manifest, row: int, reason: str, data: bytes = b"") -> Failure:
+    """The :class:`Failure` of a manifest row."""
+    record = _records(manifest, [row])[0]
+    offset = record["image_offset"] if record["row"] < 0 else record["row"]
+    digest = hashlib.sha256(data).hexdigest() if data else ""
+    return Failure(record["id"], record["key"], manifest.shards[record["shard"]].name, offset, reason, digest)
+
+
+def read_rows(manifest: Manifest, rows: Iterable[int]) -> Iterator[RawSample | Failure]:
+    """The samples of ``rows`` (manifest row numbers), one for one and in that order.
+
+    Neighbouring ranges are fetched as one request and several requests run at once; a failing request is repeated at
+    its offset on a fresh connection.
+    """
+    waiting = iter(rows)
+    while window := [int(row) for row in islice(waiting, _WINDOW)]:
+        yield from _read_window(manifest, window)
+
+
+def _read_window(manifest: Manifest, rows: Sequence[int]) -> list[RawSample | Failure]:
+    records = _records(manifest, rows)
+    pieces = _fetch(manifest, records)
+    return [_sample(manifest, row, record, pieces) for row, record in zip(rows, records, strict=True)]
+
+
+def _records(manifest: Manifest, rows: Sequence[int]) -> list[dict[str, Any]]:
+    return manifest.table.take(pa.array(rows, pa.int64())).to_pylist()
+
+
+Piece = tuple[int, int, int]
+"""(shard number, offset, length)"""
+
+
+def _fetch(manifest: Manifest, records: Sequence[dict[str, Any]]) -> dict[Piece, bytes | str]:
+    """Every byte range that the records name; a text instead of bytes says why one could not be read."""
+    wanted: set[Piece] = set()
+    for record in records:
+        for name in ("image", "text", "meta"):
+            if record["row"] < 0 and record[f"{name}_length"] >= 0:
+                wanted.add((record["shard"], record[f"{name}_offset"], record[f"{name}_length"]))
+    spans = _coalesce(sorted(wanted))
+    found: dict[Piece, bytes | str] = {}
+    if len(spans) > 1 and not storage.is_local(manifest.root):
+        answers = list(_pool(os.getpid()).map(functools.partial(_read_span, manifest), spans))
+    else:
+        answers = [_read_span(manifest, span) for span in spans]
+    for answer in answers:
+        found.update(answer)
+    return found
+
+
+def _coalesce(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Sorted pieces, grouped into spans that are read with one request each."""
+    spans: list[list[Piece]] = []
+    for piece in pieces:
+        if spans:
+            shard, start, _ = spans[-1][0]
+            end = max(offset + length for _, offset, length in spans[-1][-2:])
+            if piece[0] == shard and piece[1] - end <= _GAP and piece[1] + piece[2] - start <= _MOST:
+                spans[-1].append(piece)
+                continue
+        spans.append([piece])
+    return spans
+
+
+def _read_span(manifest: Manifest, span: Sequence[Piece]) -> dict[Piece, bytes | str]:
+    shard, start, _ = span[0]
+    end = max(offset + length for _, offset, length in span)
+    try:
+        data = open_range(manifest.url(shard)).read(start, end - start)
+    except IsthmusError as error:
+        return dict.fromkeys(span, str(error))
+    return {piece: data[piece[1] - start : piece[1] - start + piece[2]] for piece in span}
+
+
+def _sample(
+    manifest: Manifest, row: int, record: dict[str, Any], pieces: dict[Piece, bytes | str]
+) -> RawSample | Failure:
+    if record["row"] >= 0:
+        return _parquet_sample(manifest, row, record)
+
+    def piece(name: str) -> bytes | str:
+        return pieces[(record["shard"], record[f"{name}_offset"], record[f"{name}_length"])]
+
+    image = piece("image")
+    if isinstance(image, str):
+        return failure_of(manifest, row, image)
+    captions: tuple[str, ...] = ()
+    meta: dict[str, Any] = {}
+    try:
+        if record["text_length"] >= 0:
+            captions, meta = parse_captions(_bytes(piece("text")), record["text_ext"])
+        if record["meta_length"] >= 0 and record["text_ext"] != "json":
+            meta = parse_meta(_bytes(piece("meta")))
+    except ValueError as error:
+        return failure_of(manifest, row, str(error), image)
+    return RawSample(record["id"], record["key"], image, captions, meta)
+
+
+def _bytes(piece: bytes | str) -> bytes:
+    if isinstance(piece, str):
+        raise ValueError(piece)
+    return piece
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(_process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_REQUESTS, thread_name_prefix="ranges")
+
+
+# ------------------------------------------------------------------------------------------------ parquet
+
+
+class _RowGroups:
+    """Row groups of this process, the least recently used dropped above a number of bytes."""
+
+    def __init__(self, most: int = 256 << 20) -> None:
+        self._most, self._held, self._lock = most, 0, threading.Lock()
+        self._tables: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._files: dict[str, tuple[pq.ParquetFile, np.ndarray]] = {}
+
+    def row(self, url: str, row: int) -> dict[str, Any]:
+        """One row of a Parquet shard as a dict with ``image``, ``captions`` and ``meta``."""
+        with self._lock:
+            file, starts = self._file(url)
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            table = self._table(url, file, group)
+        image, caption, _ = parquet_columns(table.schema, url)
+        values = table.slice(row - int(starts[group]), 1).to_pylist()[0]
+        data = values.pop(image)
+        captions = as_captions(values.pop(caption)) if caption else ()
+        return {"image": data["bytes"] if isinstance(data, dict) else data, "captions": captions, "meta": values}
+
+    def _file(self, url: str) -> tuple[pq.ParquetFile, np.ndarray]:
+        if url not in self._files:
+            file = pq.ParquetFile(storage.open_input(url))
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._files[url] = (file, np.concatenate([[0], np.cumsum(counts)[:-1]]))
+        return self._files[url]
+
+    def _table(self, url: str, file: pq.ParquetFile, group: int) -> pa.Table:
+        key = (url, group)
+        if key in self._tables:
+            self._tables.move_to_end(key)
+            return self._tables[key]
+        table = file.read_row_group(group)
+        self._tables[key] = table
+        self._held += table.nbytes
+        while self._held > self._most and len(self._tables) > 1:
+            self._held -= self._tables.popitem(last=False)[1].nbytes
+        return table
+
+
+_row_groups = _RowGroups()
+
+
+def _parquet_sample(manifest: Manifest, row: int, record: dict[str, Any]) -> RawSample | Failure:
+    try:
+        found = _row_groups.row(manifest.url(record["shard"]), record["row"])
+    except (IsthmusError, OSError, pa.ArrowException) as error:
+        return failure_of(manifest, row, str(error))
+    if not found["image"]:
+        return failure_of(manifest, row, "the image is empty")
+    return RawSample(record["id"], record["key"], found["image"], found["captions"], found["meta"])

@@ -1,0 +1,164 @@
+"""Image bytes to pixels, with guards, and captions to clean text.
+
+Shape letters: C channels (3), H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 40_000_000
+"""Larger images are refused from their header: a small file can name a size that exhausts the memory."""
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class DecodeError(Exception):
+    """An image that cannot be decoded; ``reason`` is one sentence without the file's name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
+    """An RGB image of the bytes of any format that PIL reads.
+
+    The header is checked before pixels are allocated. EXIF orientation is applied, alpha is laid onto white, CMYK,
+    palette and 16-bit greys are converted, the first frame of an animation is taken, profiles are ignored.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: width x height above which the image is refused.
+        at_least: where given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay at least
+            twice this many pixels: three times as fast on photographs, and what follows resamples it anyway.
+
+    Raises:
+        DecodeError: empty, unknown format, too large, cut short or damaged.
+    """
+    if not data:
+        raise DecodeError("the image is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a decompression-bomb warning is our own check below
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise DecodeError(f"the image has no area ({width}x{height})")
+            if width * height > max_pixels:
+                raise DecodeError(f"the image of {width}x{height} pixels is larger than the limit of {max_pixels}")
+            if at_least and image.format == "JPEG":
+                image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
+            image.seek(0)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except DecodeError:
+        raise
+    except UnidentifiedImageError:
+        raise DecodeError("the bytes are of no image format that is known") from None
+    except Image.DecompressionBombError:
+        raise DecodeError(f"the image is larger than the limit of {max_pixels} pixels") from None
+    except Exception as error:  # decoders raise a wide range on hostile bytes: OSError, SyntaxError, struct.error, ...
+        raise DecodeError(f"the image is damaged: {str(error) or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit greys; PIL's own conversion clips them to white
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8), mode="L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resize, scale to [0, 1], normalise. Picklable; two equal ones give equal pixels.
+
+    Evaluation resizes to size x size without keeping the aspect; training takes a random resized crop and a flip
+    (the seeds' pre-processing: BLIP-2's released configuration).
+
+    Attributes:
+        size: pixels of the square output.
+        mean, std: per channel, in [0, 1].
+        interpolation: nearest, bilinear, bicubic or lanczos.
+        crop_scale: smallest and largest share of the area that a training crop covers.
+        flip: whether training mirrors half of the images.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Evaluation pixels, float32 [3, size, size]."""
+        return self._normalised(image.resize((self.size, self.size), _RESAMPLING[self.interpolation]))
+
+    def augment(self, image: Image.Image, seed: int) -> np.ndarray:
+        """Training pixels, float32 [3, size, size]; the same for the same image and seed."""
+        random = np.random.Generator(np.random.Philox(seed & ((1 << 64) - 1)))
+        box = _random_box(image.size, self.crop_scale, random)
+        out = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
+        if self.flip and random.random() < 0.5:
+            out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._normalised(out)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the evaluation pixels and the crops."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def _normalised(self, image: Image.Image) -> np.ndarray:
+        pixels_HWC = np.asarray(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.float32)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        pixels_HWC = pixels_HWC * (1.0 / (255.0 * std)) - mean / std
+        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _random_box(
+    size: tuple[int, int], scale: tuple[float, float], random: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A crop of a random share of the area and an aspect between 3/4 and 4/3 (Szegedy et al., 2015; torchvision's
+    RandomResizedCrop: ten tries, then the centre)."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * random.uniform(*scale)
+        aspect = float(np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3))))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+_MARKS = re.compile(r"[.!\"()*#:;~]")
+
+
+def clean_caption(text: str, max_words: int = 50) -> str:
+    """The seeds' caption processor: lower case, each of ``. ! " ( ) * # : ; ~`` a space, white space collapsed, at most
+    ``max_words`` words (LAVIS, BlipCaptionProcessor)."""
+    return " ".join(_MARKS.sub(" ", text.lower()).split()[:max_words])

@@ -1,0 +1,91 @@
+"""A registered model, loaded for scoring.
+
+B images, N image tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.config import EvaluateConfig
+from isthmus.contracts import ModelVersion, Sample, Sees, StageModule
+from isthmus.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What scoring needs of a model.
+
+    Attributes:
+        version: as the registry resolved it.
+        module: in eval mode on ``device``; implements some of Embeds, Matches, Captions, Sees.
+        transform: PIL image -> float32 [3, H, W].
+        vision_digest: of its frozen image encoder, "" where unknown; a feature cache must match it.
+    """
+
+    version: ModelVersion
+    module: StageModule
+    transform: Any
+    device: str = "cpu"
+    vision_digest: str = ""
+
+    @property
+    def uri(self) -> str:
+        """Fixed to a version where the registry knows one."""
+        known = self.version
+        return f"models:/{known.name}/{known.version}" if known.name and known.version else known.uri
+
+    @torch.inference_mode()
+    def features(self, samples: Sequence[Sample]) -> Tensor:
+        """The frozen encoder's tokens, float32 [B, N, D]; cached ones are taken as they are.
+
+        Raises:
+            ConfigError: the samples carry pixels and the model holds no image encoder.
+        """
+        if all(s.features_ND is not None for s in samples):
+            features = torch.from_numpy(np.stack([np.asarray(s.features_ND) for s in samples]))
+            return features.to(self.device, torch.float32)
+        if not isinstance(self.module, Sees):
+            raise ConfigError(f"{self.uri} holds no image encoder.", "Give 'cache', the URL of a feature cache.")
+        pixels = torch.from_numpy(np.stack([np.asarray(s.pixels_CHW) for s in samples]))
+        return self.module.encode_images(pixels.to(self.device)).float()
+
+    def require(self, kind: type, task: str) -> None:
+        """Refuses a task that the model's method cannot do.
+
+        Raises:
+            ConfigError: the module does not implement ``kind`` of the contracts.
+        """
+        if not isinstance(self.module, kind):
+            raise ConfigError(
+                f"{self.uri} cannot do {task}: its method implements no {kind.__name__}.",
+                "Choose another of 'tasks', or a model whose method can.",
+            )
+
+
+def resolve(config: EvaluateConfig) -> ModelVersion:
+    """The model that the recipe names, without loading it.
+
+    Raises:
+        RegistryError: no such name, version, alias or folder.
+    """
+    from isthmus.registry import store
+
+    version: ModelVersion = store.resolve(config.model, config.tracking)
+    return version
+
+
+def load(version: ModelVersion, *, with_vision: bool) -> Loaded:
+    """The model's module on a GPU where there is one."""
+    from isthmus.methods.artefact import load_artefact
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    artefact = load_artefact(version.path, with_vision=with_vision, device=device)
+    vision = next((base.digest for base in artefact.bases if base.role == "vision"), "")
+    return Loaded(version, artefact.stage.module.to(device).eval(), artefact.stage.transform, device, vision)

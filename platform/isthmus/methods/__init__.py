@@ -1,0 +1,21 @@
+"""The alignment methods. A new one is a file beside this one, a line in METHODS and a recipe in ``pipelines/``."""
+
+from __future__ import annotations
+
+from isthmus.config import MethodConfig
+from isthmus.methods import blip2_stage1, blip2_stage2, projector
+from isthmus.methods.table import MethodSpec
+
+METHODS: dict[str, MethodSpec] = {
+    "blip2_stage1": MethodSpec(blip2_stage1.Blip2Stage1Config, blip2_stage1.build),
+    "blip2_stage2": MethodSpec(blip2_stage2.Blip2Stage2Config, blip2_stage2.build, blip2_stage2.resolve),
+    "projector": MethodSpec(projector.ProjectorConfig, projector.build),
+}
+
+
+def method_configs() -> dict[str, type[MethodConfig]]:
+    """Method name -> its section's type, as :func:`isthmus.config.load_run` wants them."""
+    return {name: spec.config for name, spec in METHODS.items()}
+
+
+__all__ = ["METHODS", "MethodSpec", "method_configs"]

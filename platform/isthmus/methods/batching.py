@@ -1,0 +1,58 @@
+"""From samples to the tensors every method needs: chosen captions, stacked pixels or features, validity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.contracts import Sample
+from isthmus.data.transforms import clean_caption
+from isthmus.losses.counting import uniform
+
+CAPTION_DRAW = 2  # sets the draw of captions apart from those of negatives
+
+
+def choose_caption(sample: Sample, seed: int, epoch: int) -> str:
+    """One of the sample's captions for this epoch, cleaned; a pure function of (seed, epoch, sample id).
+
+    A sample without captions (a padding row) gives an empty one.
+    """
+    if not sample.captions:
+        return ""
+    u = float(uniform(seed, epoch, sample.id, CAPTION_DRAW))
+    return clean_caption(sample.captions[int(u * len(sample.captions))])
+
+
+def stack(samples: Sequence[Sample], step: int, epoch: int) -> dict[str, Any]:
+    """The members of a :class:`isthmus.contracts.Batch` that do not depend on the method.
+
+    A sample with a negative id, or with neither pixels nor features, becomes a row of zeros that is not valid.
+    """
+    pixels = _stack([sample.pixels_CHW for sample in samples])
+    features = _stack([sample.features_ND for sample in samples])
+    if pixels is None and features is None:
+        raise ValueError("a batch holds not one image")
+    valid = [s.id >= 0 and (s.pixels_CHW is not None or s.features_ND is not None) for s in samples]
+    return {
+        "sample_ids_B": torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+        "valid_B": torch.tensor(valid, dtype=torch.bool),
+        "step": step,
+        "epoch": epoch,
+        "pixels_BCHW": pixels,
+        "features_BND": features,
+    }
+
+
+def _stack(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+    first = next((array for array in arrays if array is not None), None)
+    if first is None:
+        return None
+    out = np.zeros((len(arrays), *first.shape), dtype=first.dtype)
+    for row, array in zip(out, arrays, strict=True):
+        if array is not None:
+            row[...] = array
+    return torch.from_numpy(out)

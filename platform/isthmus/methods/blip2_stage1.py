@@ -1,0 +1,366 @@
+"""BLIP-2, stage 1: a Q-Former learns to read a frozen image encoder (Li et al. 2023, section 3.2).
+
+Three losses on four passes over shared weights: contrast (ITC), matching with hard negatives (ITM), image-grounded
+captioning (ITG). Shape letters: B batch, N image tokens, D image width, Q queries, T text tokens, M Q-Former width,
+E shared width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from isthmus.config import Config, MethodConfig, QFormerConfig, TextConfig, VisionConfig
+from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
+from isthmus.data.transforms import clean_caption
+from isthmus.errors import ConfigError
+from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
+from isthmus.losses.language import IGNORED, language_reference, next_token_loss
+from isthmus.losses.matching import Match, matching, matching_reference, mine_negatives
+from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
+from isthmus.models.attention import ImageMemory, ImageTokens
+from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
+from isthmus.models.text import load_bert, load_tokenizer
+from isthmus.models.vision import build_vision, describe_vision
+
+Smoothing = Annotated[float, Field(ge=0.0, lt=1.0)]
+Every = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class LossWeights(Config):
+    """What each loss counts in the total. A weight of 0 leaves the loss and the parameters that only it trains out."""
+
+    itc: Annotated[float, Field(gt=0.0)] = 1.0
+    itm: Weight = 1.0
+    itg: Weight = 1.0
+
+
+class Blip2Stage1Config(MethodConfig):
+    """Options of BLIP-2's first stage."""
+
+    name: Literal["blip2_stage1"] = "blip2_stage1"
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    qformer: QFormerConfig = QFormerConfig()
+    weights: LossWeights = LossWeights()
+    itc_gather: Literal["detached", "full"] = Field(
+        "detached",
+        description="detached: other ranks' and own columns are constants, as in LAVIS; full: exact gradient",
+    )
+    itc_same_image: bool = Field(
+        False, description="rows that share a sample id are positives of one another (retrieval fine-tuning)"
+    )
+    label_smoothing: Smoothing = Field(0.1, description="of ITC and ITG")
+    itm_every: Every = Field(1, description="ITM is computed at every k-th step only, at its full weight")
+    itg_every: Every = Field(1, description="ITG likewise")
+    itg_mean: Literal["global", "rank"] = Field(
+        "global", description="tokens that ITG averages over; 'rank' is LAVIS's, and depends on the number of ranks"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Blip2Stage1Config:
+        check_heads(self.qformer)
+        return self
+
+
+def check_heads(qformer: QFormerConfig) -> None:
+    """Raises ValueError where the width does not divide among the heads."""
+    if qformer.width % qformer.heads:
+        raise ValueError(f"qformer.width {qformer.width} does not divide among qformer.heads {qformer.heads}")
+
+
+class Blip2Stage1(SeeingModule):
+    """Model and objective of stage 1.
+
+    On a step where ``itm_every`` or ``itg_every`` leaves a loss out, the head that only this loss trains runs on one
+    row at weight zero. So every trainable parameter has a gradient on every step: optimizers that shard by flat buffers
+    see the same set each time, and all ranks agree. The head's optimizer state then decays on those steps, as with any
+    zero gradient.
+
+    Args:
+        config: options.
+        vision: frozen image encoder, or None.
+        image_width: D.
+        tokenizer: BERT-family tokenizer.
+        comm: collectives.
+        seed: of the negative draws.
+        positions: length of the text position table.
+        recompute: gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        config: Blip2Stage1Config,
+        vision: nn.Module | None,
+        image_width: int,
+        tokenizer: Any,
+        comm: Comm,
+        seed: int,
+        *,
+        vocab: int | None = None,
+        positions: int = 512,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.comm, self.seed = config, tokenizer, comm, seed
+        self.vision = vision
+        M, E = config.qformer.width, config.qformer.embed
+        self.ln_vision = VisionNorm(image_width)
+        self.qformer = QFormer(
+            config.qformer,
+            image_width,
+            vocab if vocab is not None else len(tokenizer),
+            head=config.weights.itg > 0,
+            positions=positions,
+            recompute=recompute,
+        )
+        self.vision_proj, self.text_proj = nn.Linear(M, E), nn.Linear(M, E)
+        self.itm_head = nn.Linear(M, 2) if config.weights.itm > 0 else None
+        # Shape [1], not []: DeepSpeed cannot take a parameter without dimensions.
+        self.temperature = nn.Parameter(torch.full((1,), config.temperature))
+        self.mine = mine_negatives
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: Batch) -> LossTerms:
+        assert batch.ids_BT is not None and batch.mask_BT is not None
+        weights, config = self.config.weights, self.config
+        with_itm = self.itm_head is not None and batch.step % config.itm_every == 0
+        with_itg = self.qformer.lm_head is not None and batch.step % config.itg_every == 0
+
+        image = self._normalise(self.image_features(batch))
+        memory = self.qformer.remember(image, uses=self._uses(with_itm))
+        seen = self.qformer(memory)
+        itc = self._contrast(seen, batch)
+
+        total = weights.itc * itc.loss
+        parts = {"itc": itc.loss}
+        metrics = {
+            "temperature": self.temperature.detach()[0],
+            "r1_i2t": itc.recall_at_1(itc.i2t_BG),
+            "r1_t2i": itc.recall_at_1(itc.t2i_BG),
+        }
+        if with_itm:
+            match = self._match(memory, itc, batch)
+            total = total + weights.itm * match.loss
+            parts["itm"] = match.loss
+            metrics |= {f"itm_accuracy_{kind}": value for kind, value in match.accuracy.items()}
+        elif self.itm_head is not None:
+            total = total + 0.0 * self.itm_head(seen.queries_BQM[0, :1]).sum()
+        if with_itg:
+            parts["itg"] = self._generate(seen, batch)
+            total = total + weights.itg * parts["itg"]
+        elif self.qformer.lm_head is not None:
+            total = total + 0.0 * self.qformer.lm_head(seen.queries_BQM[0, :1]).sum()
+        return LossTerms(total, {name: part.detach() for name, part in parts.items()}, metrics)
+
+    def _normalise(self, features_BND: Tensor) -> ImageTokens:
+        return self.ln_vision(features_BND, self.qformer.queries.dtype)
+
+    def _uses(self, with_itm: bool) -> float:
+        """Passes per projected image: with ITM four (once alone, twice with its own image's pairs, once as another's
+        negative), over one projection, or two where the negatives come from other ranks as tokens."""
+        return 1.0 if not with_itm else 4.0 if self.comm.world_size == 1 else 2.0
+
+    def _contrast(self, seen: QFormerOutput, batch: Batch) -> Contrast:
+        assert seen.queries_BQM is not None and batch.ids_BT is not None and batch.mask_BT is not None
+        text_BM = self.qformer.pooled_text(batch.ids_BT, batch.mask_BT)
+        return contrast(
+            F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1),
+            F.normalize(self.text_proj(text_BM).float(), dim=-1),
+            self.temperature.float(),
+            batch.valid_B,
+            self.comm,
+            smoothing=self.config.label_smoothing,
+            full_gradient=self.config.itc_gather == "full",
+            image_ids_B=batch.sample_ids_B if self.config.itc_same_image else None,
+        )
+
+    def _match(self, memory: ImageMemory, itc: Contrast, batch: Batch) -> Match:
+        ids_BT, mask_BT = self._common_length(batch)
+        forbidden_BG = itc.positives_BG | ~itc.valid_G
+        negatives = self.mine(
+            itc.i2t_BG.detach(),
+            itc.t2i_BG.detach(),
+            forbidden_BG,
+            batch.valid_B,
+            self.comm,
+            seed=self.seed,
+            step=batch.step,
+        )
+        if self.comm.world_size == 1:
+            other = memory.rows(negatives.image_B)
+        else:
+            tokens_BND = self.comm.fetch_rows(memory.image.tokens_BND, negatives.image_B)
+            other = self.qformer.remember(replace(memory.image, tokens_BND=tokens_BND), self._uses(True))
+        # Token ids are small: the whole table is gathered, and only image tokens are fetched by row.
+        other_ids_BT = self.comm.gather(ids_BT, grad=False)[negatives.text_B]
+        other_mask_BT = self.comm.gather(mask_BT, grad=False)[negatives.text_B]
+        logits_3B2 = self._match_logits(
+            ImageMemory.cat([memory, other, memory]),
+            torch.cat([ids_BT, ids_BT, other_ids_BT]),
+            torch.cat([mask_BT, mask_BT, other_mask_BT]),
+        )
+        return matching(logits_3B2.view(3, -1, 2), negatives.counted_B, self.comm)
+
+    def _common_length(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids and mask padded to the longest text of all ranks."""
+        assert batch.ids_BT is not None and batch.mask_BT is not None
+        more = self.comm.max(batch.ids_BT.shape[1]) - batch.ids_BT.shape[1]
+        if not more:
+            return batch.ids_BT, batch.mask_BT
+        return F.pad(batch.ids_BT, (0, more)), F.pad(batch.mask_BT, (0, more))
+
+    def _match_logits(self, memory: ImageMemory, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """ITM head on every query, averaged: [B, 2]."""
+        assert self.itm_head is not None
+        seen = self.qformer(memory, ids_BT, mask_BT, leading=self.config.qformer.queries)
+        return self.itm_head(seen.queries_BQM).float().mean(1)
+
+    def _generate(self, seen: QFormerOutput, batch: Batch) -> Tensor:
+        """ITG on the queries' keys and values of the image pass."""
+        assert batch.ids_BT is not None and batch.mask_BT is not None
+        ids_BT = batch.ids_BT.clone()
+        ids_BT[:, 0] = self.qformer.dec_id
+        labels_BT = ids_BT.masked_fill((batch.mask_BT == 0) | ~batch.valid_B.unsqueeze(1), IGNORED)
+        hidden_BTM = self.qformer(None, ids_BT, batch.mask_BT, past=seen.past).text_BTM
+        return next_token_loss(
+            hidden_BTM,
+            labels_BT,
+            self.qformer.logits,
+            self.comm,
+            smoothing=self.config.label_smoothing,
+            mean=self.config.itg_mean,
+        )
+
+    # -------------------------------------------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, Q, E]; the similarity to a text is the largest over Q."""
+        seen = self.qformer(self.qformer.remember(self._normalise(features_BND)))
+        return F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [B, E]."""
+        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts])
+        return F.normalize(self.text_proj(self.qformer.pooled_text(ids_BT, mask_BT)).float(), dim=-1)
+
+    @torch.no_grad()
+    def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logit of 'these belong together', float32 [B].
+
+        Raises:
+            ConfigError: the model was trained without ITM.
+        """
+        if self.itm_head is None:
+            raise ConfigError("This model has no matching head: it was trained with weights.itm 0.", "Use rerank: 0.")
+        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts])
+        memory = self.qformer.remember(self._normalise(features_BND))
+        return self._match_logits(memory, ids_BT, mask_BT)[:, 1]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        features_BND: Tensor,
+        *,
+        prompt: str = "",
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,  # noqa: ARG002 - without effect on one beam
+    ) -> list[str]:
+        """Captions by the Q-Former's own decoder, greedily. A weak captioner: it shows what ITG has learnt.
+
+        Raises:
+            ConfigError: the model was trained without ITG, or a prompt or beams are asked for.
+        """
+        if self.qformer.lm_head is None:
+            raise ConfigError("This model cannot caption: it was trained with weights.itg 0.", "Caption with stage 2.")
+        if num_beams != 1 or prompt:
+            raise ConfigError("Stage 1's own decoder is greedy and takes no prompt.", "Set num_beams: 1 and no prompt.")
+        memory = self.qformer.remember(self._normalise(features_BND))
+        rows = self.qformer.greedy(memory, self.tokenizer.sep_token_id, max_new_tokens, min_new_tokens)
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+
+    def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.config.text.max_length)
+        return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """int64 ids and mask [B, T], padded on the right to the longest text."""
+    tokens = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    return tokens["input_ids"], tokens["attention_mask"]
+
+
+class CollateStage1:
+    """Samples -> Batch with BERT tokens. Picklable."""
+
+    def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
+        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
+
+    def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
+        texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
+        ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.max_length)
+        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, texts=texts)
+
+
+def references(config: Blip2Stage1Config, vocab: int, global_batch: int) -> Mapping[str, Reference]:
+    """Chance and floor of each loss that this configuration computes."""
+    out = {"itc": contrast_reference(global_batch, config.label_smoothing)}
+    if config.weights.itm > 0:
+        out["itm"] = matching_reference()
+    if config.weights.itg > 0:
+        out["itg"] = language_reference(vocab, config.label_smoothing)
+    return out
+
+
+def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
+    """The stage, from pretrained parts.
+
+    Raises:
+        ConfigError, WeightsError: a part does not exist or does not fit.
+    """
+    spec = describe_vision(config.vision)
+    vision = build_vision(config.vision) if context.with_vision else None
+    tokenizer = load_tokenizer(config.text.weights)
+    bert: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
+    if config.qformer.init == "text":
+        bert, state = load_bert(config.text.weights)
+    elif config.qformer.init is not None:
+        raise ConfigError(f"qformer.init '{config.qformer.init}' is not known.", "Use 'text' or null.")
+    with seeded(context.seed):
+        module = Blip2Stage1(
+            config,
+            vision,
+            spec.width,
+            tokenizer,
+            context.comm,
+            context.seed,
+            positions=int(bert.get("max_position_embeddings", 512)),
+            recompute=context.gradient_checkpointing,
+        )
+    if bert:
+        load_bert_layers(module.qformer, bert, state)
+    return Stage(
+        module=module,
+        collate=CollateStage1(tokenizer, config.text.max_length, context.seed),
+        transform=spec.transform,
+        augment=spec.transform.augment,
+        references=partial(references, config, len(tokenizer) + 1),
+        bases=(vision.base,) if vision is not None else (),
+        image_spec={"tokens": spec.tokens, "width": spec.width, "image_size": spec.image_size},
+    )

@@ -1,0 +1,248 @@
+"""BLIP-2, stage 2: queries become the soft prompt of a frozen language model (Li et al. 2023, section 3.3).
+
+Shape letters: B batch, N image tokens, Q queries, T text tokens, M Q-Former width, L language-model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from isthmus.config import LanguageConfig, MethodConfig, QFormerConfig, RunConfig, VisionConfig
+from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
+from isthmus.errors import ConfigError, WeightsError
+from isthmus.losses.language import language_reference
+from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
+from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.blip2_stage1 import check_heads
+from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
+from isthmus.models.language import IGNORED, LanguageModel, build_language
+from isthmus.models.qformer import QFormer
+from isthmus.models.vision import build_vision, describe_vision
+
+log = logging.getLogger(__name__)
+
+TEXT_BRANCH = ("qformer.words.", "qformer.positions.", "qformer.lm_head.", "vision_proj.", "text_proj.", "itm_head.")
+"""What stage 1 has and stage 2 has not, beside the temperature and the layers' text feed-forward networks."""
+NEW = frozenset({"projection.weight", "projection.bias"})
+"""What stage 2 has and stage 1 has not."""
+
+
+class Blip2Stage2Config(MethodConfig):
+    """Options of BLIP-2's second stage. Image encoder and Q-Former are the parent's; a stored recipe holds them."""
+
+    name: Literal["blip2_stage2"] = "blip2_stage2"
+    vision: VisionConfig | None = Field(None, description="inherited from the parent when not given")
+    qformer: QFormerConfig | None = Field(None, description="inherited from the parent when not given")
+    language: LanguageConfig = LanguageConfig()
+    lm_mean: Literal["global", "rank"] = Field(
+        "global",
+        description="tokens that the loss averages over; 'rank' is LAVIS's, and depends on the number of ranks",
+    )
+
+    projection_init: Literal["linear", "embedding"] = Field(
+        "linear",
+        description="linear: torch's own, as LAVIS has it; embedding: a soft prompt about as large as the language "
+        "model's own word embeddings, which a small model needs to learn in few steps",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Blip2Stage2Config:
+        if self.qformer is not None:
+            check_heads(self.qformer)
+        return self
+
+
+def resolve(config: Blip2Stage2Config, parent: RunConfig | None) -> Blip2Stage2Config:
+    """The configuration with image encoder and Q-Former filled in from the parent's recipe.
+
+    Raises:
+        ConfigError: neither the configuration nor a parent gives them, the parent is no stage 1 or 2, or they disagree.
+    """
+    if parent is None:
+        if config.vision is None or config.qformer is None:
+            raise ConfigError(
+                "The method blip2_stage2 starts from a stage-1 model, and the recipe names no 'parent'.",
+                "Add parent: models:/NAME@ALIAS, or give method.vision and method.qformer to start from nothing.",
+            )
+        return config
+    vision, qformer = getattr(parent.method, "vision", None), getattr(parent.method, "qformer", None)
+    if vision is None or qformer is None:
+        raise ConfigError(
+            f"The parent is a '{parent.method.name}' model, which has no Q-Former.", "Name a blip2_stage1 model."
+        )
+    for field, ours, theirs in (("vision", config.vision, vision), ("qformer", config.qformer, qformer)):
+        if ours is not None and ours != theirs:
+            raise ConfigError(
+                f"method.{field} differs from the parent's.", f"Leave method.{field} out: it is inherited."
+            )
+    return config.model_copy(update={"vision": vision, "qformer": qformer})
+
+
+class Blip2Stage2(SeeingModule):
+    """Frozen image encoder -> norm -> Q-Former (image pass) -> linear projection -> frozen language model.
+
+    Args:
+        config: resolved options.
+        vision: frozen image encoder, or None.
+        image_width: D.
+        language: frozen language model (:mod:`isthmus.models.language`).
+        comm: collectives.
+        recompute: gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        config: Blip2Stage2Config,
+        vision: nn.Module | None,
+        image_width: int,
+        language: LanguageModel,
+        comm: Comm,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        assert config.qformer is not None
+        self.config, self.comm = config, comm
+        self.vision, self.language = vision, language
+        self.ln_vision = VisionNorm(image_width)
+        self.qformer = QFormer(config.qformer, image_width, None, recompute=recompute)
+        self.projection = nn.Linear(config.qformer.width, language.width)
+        if config.projection_init == "embedding":
+            nn.init.normal_(self.projection.weight, std=language.embedding_rms() / config.qformer.width**0.5)
+            nn.init.zeros_(self.projection.bias)
+
+    def train(self, mode: bool = True) -> Blip2Stage2:
+        super().train(mode)
+        if mode and self.config.language.dropout:
+            self.language.train()
+        return self
+
+    def soft_prompt(self, features_BND: Tensor) -> Tensor:
+        """Projected queries [B, Q, L]."""
+        memory = self.qformer.remember(self.ln_vision(features_BND, self.qformer.queries.dtype))
+        return self.projection(self.qformer(memory).queries_BQM)
+
+    def load_stage1(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Starts from a stage-1 (or stage-2) model's tensors: (taken, dropped) names.
+
+        Raises:
+            WeightsError: anything beside the text branch would be dropped, anything beside the projection would be
+                missing, or a shape differs.
+        """
+        parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        taken = sorted(set(state) & set(parameters))
+        dropped = sorted(set(state) - set(parameters))
+        missing = set(parameters) - set(state)
+        foreign = [name for name in dropped if not in_text_branch(name)]
+        if foreign or missing - NEW:
+            raise WeightsError(
+                f"The parent does not fit this stage: it lacks {sorted(missing - NEW)[:5]} and holds {foreign[:5]}.",
+                "Name a blip2_stage1 model that was trained with the same Q-Former.",
+            )
+        with torch.no_grad():
+            for name in taken:
+                if parameters[name].shape != state[name].shape:
+                    raise WeightsError(
+                        f"The parent's '{name}' is {tuple(state[name].shape)}, and this stage needs "
+                        f"{tuple(parameters[name].shape)}.",
+                        "Leave method.qformer and method.vision out: they are inherited.",
+                    )
+                parameters[name].copy_(state[name])
+        return taken, dropped
+
+    def forward(self, batch: Batch) -> LossTerms:
+        assert batch.ids_BT is not None and batch.mask_BT is not None and batch.labels_BT is not None
+        prefix_BQL = self.soft_prompt(self.image_features(batch))
+        labels_BT = batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED)
+        found = self.language.loss(prefix_BQL, batch.ids_BT, batch.mask_BT, labels_BT)
+        tokens = found.tokens
+        if self.config.lm_mean == "global":
+            tokens = self.comm.sum(tokens) / self.comm.world_size
+        # A rank of padding alone has no tokens of its own, and a sum of zero.
+        loss = found.total / tokens.clamp(min=1e-6)
+        return LossTerms(loss, {"lm": loss.detach()}, {})
+
+    @torch.no_grad()
+    def generate(
+        self,
+        features_BND: Tensor,
+        *,
+        prompt: str = "",
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+    ) -> list[str]:
+        """One stripped caption per image. An empty ``prompt`` means the recipe's own."""
+        captions: list[str] = self.language.generate(
+            self.soft_prompt(features_BND),
+            prompt=prompt or self.config.language.prompt,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+        )
+        return captions
+
+
+def in_text_branch(name: str) -> bool:
+    """Whether a stage-1 tensor serves only its text side or its heads."""
+    return name == "temperature" or name.startswith(TEXT_BRANCH) or ".text_ffn." in name
+
+
+class CollateStage2:
+    """Samples -> Batch with the language model's tokens and labels."""
+
+    def __init__(self, language: LanguageModel, seed: int) -> None:
+        self.language, self.seed = language, seed
+
+    def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
+        texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
+        ids_BT, mask_BT, labels_BT = self.language.caption_tokens(texts)
+        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, texts=texts)
+
+
+def references(vocab: int, global_batch: int) -> Mapping[str, Reference]:  # noqa: ARG001 - the signature of Stage
+    """ln V, the loss of a language model that knows nothing; a pretrained one starts below it."""
+    return {"lm": language_reference(vocab)}
+
+
+def build(config: Blip2Stage2Config, context: BuildContext) -> Stage:
+    """The stage, from pretrained parts and, where the context names one, the parent's trained tensors.
+
+    Raises:
+        ConfigError: the configuration is not resolved and there is no parent.
+        WeightsError: a part does not fit.
+    """
+    config = resolve(config, read_recipe(context.parent) if context.parent else None)
+    assert config.vision is not None and config.qformer is not None
+    spec = describe_vision(config.vision)
+    vision = build_vision(config.vision) if context.with_vision else None
+    language = build_language(config.language, bf16=context.bf16)
+    with seeded(context.seed):
+        module = Blip2Stage2(
+            config, vision, spec.width, language, context.comm, recompute=context.gradient_checkpointing
+        )
+    bases = tuple(part.base for part in (vision, language) if part is not None)
+    if context.parent:
+        recorded = [base for base in read_bases(context.parent) if base.role == "vision"]
+        check_bases(recorded, bases)
+        taken, dropped = module.load_stage1(read_state(context.parent))
+        log.info("stage 2 takes %d tensors of %s; new: %s", len(taken), context.parent, ", ".join(sorted(NEW)))
+        log.info("and leaves out its text branch: %s", ", ".join(dropped) or "none")
+    return Stage(
+        module=module,
+        collate=CollateStage2(language, context.seed),
+        transform=spec.transform,
+        augment=spec.transform.augment,
+        references=partial(references, language.vocab),
+        bases=bases,
+        image_spec={"tokens": spec.tokens, "width": spec.width, "image_size": spec.image_size},
+    )

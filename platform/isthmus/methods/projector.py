@@ -1,0 +1,200 @@
+"""Frozen encoders, trained projectors, symmetric contrast over the global batch (Maniparambil et al. 2024).
+
+Where the paper's code, freeze-align, contrasts each device's own batch, the batch here is the global one.
+
+Shape letters: B batch, N image tokens, D image width, T text tokens, E shared width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from isthmus.config import MethodConfig, TextConfig, VisionConfig
+from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
+from isthmus.data.transforms import clean_caption
+from isthmus.losses.contrastive import contrast, contrast_reference
+from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.parts import SeeingModule, seeded
+from isthmus.models.projector import ImageProjector, TextProjector
+from isthmus.models.text import SentenceEncoder, build_sentence_encoder
+from isthmus.models.vision import build_vision, describe_vision
+
+
+class ProjectorConfig(MethodConfig):
+    """Options of the projector method."""
+
+    name: Literal["projector"] = "projector"
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    embed: Annotated[int, Field(gt=0)] = Field(512, description="width of the shared image-text space")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    pool: Literal["project-then-pool", "pool-then-project"] = Field(
+        "project-then-pool",
+        description="pool-then-project averages the frozen image tokens first: fast, another function",
+    )
+    class_token: bool = Field(False, description="the encoder's first token is a class token, with its own projector")
+    text_features: Literal["pooled", "tokens"] = Field("pooled", description="what the text projector reads")
+    itc_gather: Literal["detached", "full"] = "full"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
+    temperature_range: tuple[float, float] = Field((0.001, 0.5), description="the divisor is held inside on every step")
+    remembered_texts: Annotated[int, Field(ge=0)] = Field(
+        200_000, description="distinct captions whose frozen features each process keeps"
+    )
+
+
+class TextMemory:
+    """Frozen text features by caption: the encoder runs once for each distinct one, until the oldest is pushed out."""
+
+    def __init__(self, encoder: SentenceEncoder, capacity: int, per_token: bool) -> None:
+        self.encoder, self.capacity, self.per_token = encoder, capacity, per_token
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Pooled features [B, D] and None, or token features [B, T, D] (zeros behind the end) and their mask [B, T]."""
+        found = {text: self._kept[text] for text in texts if text in self._kept}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        if new:
+            found |= zip(new, self._encode(new), strict=True)
+        for text in found:
+            self._kept[text] = found[text]
+            self._kept.move_to_end(text)
+        while len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+        rows = [found[text] for text in texts]
+        if not self.per_token:
+            return torch.stack(rows), None
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        tokens_BTD = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return tokens_BTD, torch.arange(tokens_BTD.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> list[Tensor]:
+        ids_BT, mask_BT = self.encoder.tokenize(texts)
+        device = next(self.encoder.parameters()).device
+        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        tokens_BTD, pooled_BD = self.encoder(ids_BT, mask_BT)
+        if not self.per_token:
+            return [row.clone() for row in pooled_BD]
+        return [row[:length].clone() for row, length in zip(tokens_BTD, mask_BT.sum(1).tolist(), strict=True)]
+
+
+class Projector(SeeingModule):
+    """Two frozen encoders, two trained projectors and a temperature.
+
+    Args:
+        config: options.
+        vision: frozen image encoder, or None.
+        image_width: D.
+        text: frozen sentence encoder: ``tokenize(texts)``, ``forward(ids, mask) -> (tokens, pooled)``, ``width``.
+        comm: collectives.
+    """
+
+    def __init__(
+        self, config: ProjectorConfig, vision: nn.Module | None, image_width: int, text: SentenceEncoder, comm: Comm
+    ) -> None:
+        super().__init__()
+        self.config, self.comm = config, comm
+        self.vision, self.text = vision, text
+        per_token = config.text_features == "tokens"
+        self.image_projector = ImageProjector(
+            image_width,
+            config.embed,
+            config.dropout,
+            pool_first=config.pool == "pool-then-project",
+            class_token=config.class_token,
+        )
+        self.text_projector = TextProjector(text.width, config.embed, config.dropout, per_token=per_token)
+        # Shape [1], not []: DeepSpeed cannot take a parameter without dimensions.
+        self.temperature = nn.Parameter(torch.full((1,), config.temperature))
+        self.memory = TextMemory(text, config.remembered_texts, per_token)
+
+    def forward(self, batch: Batch) -> LossTerms:
+        temperature = self._held_temperature()
+        found = contrast(
+            self._image_vectors(self.image_features(batch)).unsqueeze(1),
+            self._text_vectors(batch.texts),
+            temperature,
+            batch.valid_B,
+            self.comm,
+            smoothing=self.config.label_smoothing,
+            full_gradient=self.config.itc_gather == "full",
+        )
+        metrics = {
+            "temperature": temperature.detach()[0],
+            "r1_i2t": found.recall_at_1(found.i2t_BG),
+            "r1_t2i": found.recall_at_1(found.t2i_BG),
+        }
+        return LossTerms(found.loss, {"itc": found.loss.detach()}, metrics)
+
+    def _held_temperature(self) -> Tensor:
+        # The value is held without cutting its gradient: at a bound, a step back inside stays possible.
+        free = self.temperature.float()
+        return free + (free.clamp(*self.config.temperature_range) - free).detach()
+
+    def _image_vectors(self, features_BND: Tensor) -> Tensor:
+        vectors_BE = self.image_projector(features_BND.to(self.temperature.dtype))
+        return F.normalize(vectors_BE.float(), dim=-1)
+
+    def _text_vectors(self, texts: Sequence[str]) -> Tensor:
+        features, mask_BT = self.memory.read(texts)
+        vectors_BE = self.text_projector(features.to(self.temperature.dtype), mask_BT)
+        return F.normalize(vectors_BE.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, 1, E]."""
+        return self._image_vectors(features_BND).unsqueeze(1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [B, E]."""
+        return self._text_vectors([clean_caption(text) for text in texts])
+
+
+class CollateTexts:
+    """Samples -> Batch with the chosen captions as text. Picklable."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
+        return Batch(**stack(samples, step, epoch), texts=tuple(choose_caption(s, self.seed, epoch) for s in samples))
+
+
+def references(smoothing: float, global_batch: int) -> Mapping[str, Reference]:
+    """Chance and floor of the one loss."""
+    return {"itc": contrast_reference(global_batch, smoothing)}
+
+
+def build(config: ProjectorConfig, context: BuildContext) -> Stage:
+    """The stage, from pretrained parts.
+
+    Raises:
+        ConfigError, WeightsError: a part does not exist or does not fit.
+    """
+    spec = describe_vision(config.vision)
+    vision = build_vision(config.vision) if context.with_vision else None
+    text = build_sentence_encoder(config.text)
+    with seeded(context.seed):
+        module = Projector(config, vision, spec.width, text, context.comm)
+    return Stage(
+        module=module,
+        collate=CollateTexts(context.seed),
+        transform=spec.transform,
+        augment=spec.transform.augment,
+        references=partial(references, config.label_smoothing),
+        bases=tuple(part.base for part in (vision, text) if part is not None),
+        image_spec={"tokens": spec.tokens, "width": spec.width, "image_size": spec.image_size},
+    )

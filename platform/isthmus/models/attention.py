@@ -1,0 +1,192 @@
+"""Multi-head attention as BERT has it: post-norm, biases everywhere, scores in scaled_dot_product_attention.
+
+Shape letters: B rows, S sequence rows that ask, K sequence rows that are asked, N image tokens, D image width,
+M model width, H heads, d head width (M / H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one attention block, each [B, H, K, d]."""
+
+
+def split_heads(x_BSM: Tensor, heads: int) -> Tensor:
+    """[B, S, M] -> [B, H, S, d]."""
+    return x_BSM.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHSd: Tensor) -> Tensor:
+    """[B, H, S, d] -> [B, S, M]."""
+    return x_BHSd.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention block with residual and post-norm. Queries and text share its weights.
+
+    Args:
+        width, heads: M and H.
+        dropout: on the attention weights and on the block's output.
+        eps: of the layer norm.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.heads, self.attention_dropout = heads, dropout
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x_BSM: Tensor, allowed: Tensor | None, past: KeyValue | None = None, leading: int | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """Output [B, S, M] and this block's keys and values, those of ``past`` first.
+
+        Args:
+            x_BSM: the rows.
+            allowed: bool, broadcastable to [B, H, S, K], True where a row may look; None lets all look at all.
+            past: keys and values of rows that came before.
+            leading: only so many first rows ask, and are put out; all are asked.
+        """
+        key, value = split_heads(self.key(x_BSM), self.heads), split_heads(self.value(x_BSM), self.heads)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        if leading is not None:
+            x_BSM = x_BSM[:, :leading]
+            allowed = allowed[..., :leading, :] if allowed is not None else None
+        query = split_heads(self.query(x_BSM), self.heads)
+        p = self.attention_dropout if self.training else 0.0
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=p)
+        return self.norm(self.dropout(self.output(merge_heads(seen))) + x_BSM), (key, value)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Image tokens and a per-channel affine map that is still to be applied: value = tokens x scale + shift.
+
+    Keeping the trainable map of a norm apart leaves the tokens themselves constant where the encoder is frozen: nothing
+    of their size is differentiated, and other ranks' tokens can be fetched without gradient. What reads them folds the
+    map into its own weights.
+    """
+
+    tokens_BND: Tensor
+    scale_D: Tensor | None = None
+    shift_D: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.tokens_BND.shape[0])
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """What the cross-attention blocks read of the images.
+
+    Attributes:
+        image: the tokens.
+        kv: by cross-attention block, keys and values; None where the blocks work on the tokens directly.
+    """
+
+    image: ImageTokens
+    kv: tuple[KeyValue, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def rows(self, index: Tensor) -> ImageMemory:
+        """The chosen images, in the order of ``index``."""
+        if self.kv is None:
+            return ImageMemory(replace(self.image, tokens_BND=self.image.tokens_BND[index]))
+        return ImageMemory(self._counted(len(index)), tuple((k[index], v[index]) for k, v in self.kv))
+
+    def _counted(self, images: int) -> ImageTokens:
+        """So many rows without content: where keys and values exist the blocks read no tokens, only count them."""
+        return replace(self.image, tokens_BND=self.image.tokens_BND[:1, :1].expand(images, 1, -1))
+
+    @staticmethod
+    def cat(parts: Sequence[ImageMemory]) -> ImageMemory:
+        """The parts' images, one after another. All parts must be of one kind and share their map."""
+        if parts[0].kv is None:
+            tokens_BND = torch.cat([part.image.tokens_BND for part in parts])
+            return ImageMemory(replace(parts[0].image, tokens_BND=tokens_BND))
+        kv = tuple(
+            (torch.cat([k for k, _ in blocks]), torch.cat([v for _, v in blocks]))
+            for blocks in zip(*(part.kv or () for part in parts), strict=True)
+        )
+        return ImageMemory(parts[0]._counted(sum(len(part) for part in parts)), kv)
+
+
+class ImageLinear(nn.Linear):
+    """Key or value projection of image tokens, given out as weights that hold the tokens' affine map.
+
+    W (x * scale + shift) + b = (W * scale) x + (W shift + b). They are given out by ``__call__``, so that sharded
+    parameters are whole when they are read.
+    """
+
+    def forward(self, image: ImageTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Weight [M, D] and bias [M] to apply to ``image.tokens_BND``."""
+        if image.scale_D is None or image.shift_D is None:
+            return self.weight * 1.0, self.bias * 1.0
+        scale_D, shift_D = image.scale_D.to(self.weight.dtype), image.shift_D.to(self.weight.dtype)
+        return self.weight * scale_D, F.linear(shift_D, self.weight, self.bias)
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to image tokens; residual and post-norm.
+
+    Two forms of the same sum. *Projected*: keys and values W x of every image token, made once per image. *Direct*:
+    q^T (W_k x) = (W_k^T q)^T x and sum p (W_v x) = W_v (sum p x), so with few queries the N projections of width D
+    need never be made. Which is cheaper is arithmetic: :meth:`direct_is_cheaper`.
+    """
+
+    def __init__(self, width: int, image_width: int, heads: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.heads, self.attention_dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key, self.value = ImageLinear(image_width, width), ImageLinear(image_width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    @staticmethod
+    def direct_is_cheaper(queries: int, tokens: int, width: int, heads: int, uses: float) -> bool:
+        """Multiplications of ``uses`` direct passes, 2 Q (M + H N) D each, against those of one projection, 2 N M D."""
+        return uses * queries * (width + heads * tokens) < tokens * width
+
+    def project(self, image: ImageTokens) -> KeyValue:
+        """Keys and values of the image tokens, each [B, H, N, d]."""
+        key, value = (F.linear(image.tokens_BND, *linear(image)) for linear in (self.key, self.value))
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def forward(self, x_BSM: Tensor, image: ImageTokens, kv: KeyValue | None) -> Tensor:
+        query_BHSd = split_heads(self.query(x_BSM), self.heads)
+        p = self.attention_dropout if self.training else 0.0
+        if kv is None:
+            seen = self._direct(query_BHSd, image, p)
+        else:
+            seen = merge_heads(F.scaled_dot_product_attention(query_BHSd, *kv, dropout_p=p))
+        return self.norm(self.dropout(self.output(seen)) + x_BSM)
+
+    def _direct(self, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:
+        B, H, S, d = query_BHSd.shape
+        tokens_BND = image.tokens_BND
+        (key_MD, key_M), (value_MD, value_M) = self.key(image), self.value(image)
+        rows = query_BHSd.transpose(0, 1).reshape(H, B * S, d) * d**-0.5
+        asked = torch.bmm(rows, key_MD.view(H, d, -1)).view(H, B, S, -1).transpose(0, 1).reshape(B, H * S, -1)
+        # The key bias adds one number to all scores of a row, which softmax cannot see: its gradient is zero in the
+        # projected form too (up to rounding). It enters here so that its gradient is zero rather than absent.
+        shift = torch.bmm(rows, key_M.view(H, d, 1)).view(H, B, S).transpose(0, 1).reshape(B, H * S, 1)
+        scores = torch.bmm(asked, tokens_BND.transpose(1, 2)) + shift
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = F.dropout(scores.softmax(-1, dtype=exact).to(tokens_BND.dtype), p)
+        mixed = torch.bmm(weights, tokens_BND).view(B, H, S, -1).transpose(0, 1).reshape(H, B * S, -1)
+        seen_HRd = torch.bmm(mixed, value_MD.view(H, d, -1).transpose(1, 2))
+        share_HR1 = weights.sum(-1).view(B, H, S).transpose(0, 1).reshape(H, B * S, 1)  # 1 but for dropout
+        seen_HRd = seen_HRd + share_HR1 * value_M.view(H, 1, d)
+        return seen_HRd.view(H, B, S, d).permute(1, 2, 0, 3).reshape(B, S, H * d)

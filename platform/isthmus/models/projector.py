@@ -1,0 +1,73 @@
+"""The projectors of freeze-align (Maniparambil et al. 2024): small networks that carry frozen features into one space.
+
+Shape letters: B batch, N tokens, D frozen width, E shared width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenProjector(nn.Module):
+    """Norm and dropout, then a linear path and a two-layer path, added. [..., D] -> [..., E]."""
+
+    def __init__(self, width: int, embed: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.linear, self.up, self.down = nn.Linear(width, embed), nn.Linear(width, embed), nn.Linear(embed, embed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.norm(x))
+        return self.linear(x) + self.down(nn.functional.gelu(self.up(x)))
+
+
+class HeadProjector(nn.Module):
+    """p = linear(x); norm(p + dropout(linear(gelu(p)))). [..., D] -> [..., E]."""
+
+    def __init__(self, width: int, embed: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, embed), nn.Linear(embed, embed)
+        self.norm, self.dropout = nn.LayerNorm(embed), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.first(x)
+        return self.norm(p + self.dropout(self.second(nn.functional.gelu(p))))
+
+
+class ImageProjector(nn.Module):
+    """Image tokens [B, N, D] -> one vector [B, E].
+
+    Args:
+        width, embed, dropout: D, E, and the projectors' dropout.
+        pool_first: average the frozen tokens and project the average, one projection an image instead of N. Not the
+            same function: the projector is not linear.
+        class_token: the first token is a class token with a projector of its own, added to the others' average.
+    """
+
+    def __init__(self, width: int, embed: int, dropout: float, *, pool_first: bool, class_token: bool) -> None:
+        super().__init__()
+        self.pool_first = pool_first
+        self.tokens = TokenProjector(width, embed, dropout)
+        self.class_token = TokenProjector(width, embed, dropout) if class_token else None
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        rest_BND = x_BND[:, 1:] if self.class_token is not None else x_BND
+        out_BE = self.tokens(rest_BND.mean(1)) if self.pool_first else self.tokens(rest_BND).mean(1)
+        return out_BE if self.class_token is None else out_BE + self.class_token(x_BND[:, 0])
+
+
+class TextProjector(nn.Module):
+    """Text features -> one vector [B, E]: per token and averaged over the mask, or from the pooled sentence vector."""
+
+    def __init__(self, width: int, embed: int, dropout: float, *, per_token: bool) -> None:
+        super().__init__()
+        self.tokens = TokenProjector(width, embed, dropout) if per_token else None
+        self.head = HeadProjector(embed if per_token else width, embed, dropout)
+
+    def forward(self, x: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """``x`` is [B, T, D] with ``mask_BT`` for per-token projectors, else [B, D]."""
+        if self.tokens is None:
+            return self.head(x)
+        weight_BT1 = (mask_BT if mask_BT is not None else torch.ones_like(x[..., 0])).unsqueeze(-1).to(x.dtype)
+        return self.head((self.tokens(x) * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))

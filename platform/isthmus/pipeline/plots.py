@@ -1,0 +1,65 @@
+"""Plots of a run as inline SVG, so that a report is one file that opens anywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from isthmus.contracts import Reference
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logged scalar: ``values[i]`` at optimizer step ``steps[i]``."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+def loss_curves(title: str, curves: Mapping[str, Curve], references: Mapping[str, Reference]) -> str:
+    """One panel for each loss part with its chance level (dashed) and floor (dotted), as an ``<svg>`` element."""
+    from matplotlib.figure import Figure  # imported late: half a second that only reports pay
+
+    figure = Figure(figsize=(3.6 * max(len(curves), 1), 2.9), layout="constrained")
+    axes = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        axis.plot(curve.steps, curve.values, color="#1f6f8b", linewidth=1.4)
+        axis.set_title(f"{title}: {name}", fontsize=10)
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        reference = references.get(name)
+        if reference is not None:
+            axis.axhline(reference.chance, color="#b33939", linestyle="--", linewidth=0.9, label="chance")
+            axis.axhline(reference.floor, color="#666666", linestyle=":", linewidth=0.9, label="floor")
+            axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def bars(title: str, groups: Mapping[str, Mapping[str, float]], unit: str = "%") -> str:
+    """Grouped bars: ``groups[series][label]`` in ``unit``, as an ``<svg>`` element."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for series in groups.values() for label in series))
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / max(len(groups), 1)
+    colours = ["#1f6f8b", "#e58e26", "#9aa5ab", "#6ab04c"]
+    for i, (name, series) in enumerate(groups.items()):
+        places = [x - 0.4 + width * (i + 0.5) for x in range(len(labels))]
+        axis.bar(places, [series.get(label, 0.0) for label in labels], width, label=name, color=colours[i % 4])
+    axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylabel(unit, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _svg(figure: object) -> str:
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})  # type: ignore[attr-defined]
+    text = sink.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,212 @@
+"""The kinds of step: each takes its options, calls the function that the command line calls, returns a flat result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from isthmus.config import (
+    CaptionConfig,
+    Config,
+    EmbedConfig,
+    EvaluateConfig,
+    ServeConfig,
+    TrackingConfig,
+    VisionConfig,
+    load_config,
+    load_run,
+)
+from isthmus.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step may look at beside its options.
+
+    Attributes:
+        out: the pipeline's folder.
+        recipe: the step's recipe file, if it names one.
+        results: results of the earlier steps by id.
+        params: the pipeline's parameters.
+    """
+
+    out: Path
+    recipe: Path | None
+    results: Mapping[str, Result]
+    params: Mapping[str, Any]
+
+
+class FetchOptions(Config):
+    """Which image-text set to bring, and where to."""
+
+    name: str
+    out: str
+    seed: int = 0
+    heldout: int = 600
+    synthetic: bool = False
+    limit: int | None = None
+
+
+class IndexOptions(Config):
+    """The folder or URL whose shards are indexed."""
+
+    url: str
+
+
+class CacheOptions(Config):
+    """Whose images are encoded, by which frozen encoder, and where the features go."""
+
+    data: str
+    out: str
+    vision: VisionConfig = VisionConfig()
+    actors: int = 2
+    batch: int = 32
+
+
+class ServeCheckOptions(Config):
+    """A service that is started, asked once about a held-out image, and stopped."""
+
+    models: dict[str, str]
+    data: str
+    row: int = Field(0, description="which held-out image is asked about")
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class ReportOptions(Config):
+    """What the report looks at. The names are ids of earlier steps."""
+
+    data: str
+    retrieval: str
+    projector: str
+    captions: str
+    scores: str
+    serve: str | None = None
+    trained: tuple[str, ...]
+    seed: int = 0
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def _fetch(_: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.data.sources import fetch
+
+    asked = _options(FetchOptions, options)
+    return _flat(
+        fetch(
+            asked.name, asked.out, seed=asked.seed, heldout=asked.heldout, synthetic=asked.synthetic, limit=asked.limit
+        )
+    )
+
+
+def _index(_: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.data.manifest import index
+
+    url = _options(IndexOptions, options).url
+    report = index(url)
+    return {"url": url, "samples": report.samples, "shards": _count(report.shards), "problems": len(report.problems)}
+
+
+def _cache(_: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.data.features import build_cache
+
+    asked = _options(CacheOptions, options)
+    return {
+        "url": asked.out,
+        **_flat(build_cache(asked.data, asked.out, asked.vision, actors=asked.actors, batch=asked.batch)),
+    }
+
+
+def _train(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.methods import method_configs
+    from isthmus.training.driver import fit
+
+    if context.recipe is None:
+        raise ConfigError("A 'train' step needs a 'recipe', the path of a training recipe.")
+    config = load_run(context.recipe, _overrides(options), methods=method_configs())
+    model = fit(config)
+    return {
+        "uri": f"models:/{model.name}/{model.version}" if model.version else model.uri,
+        "version": model.version,
+        "run": f"{config.storage}/{config.name}",
+        "name": config.name,
+        "steps": config.train.steps,
+    }
+
+
+def _evaluate(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.evaluation.driver import evaluate
+
+    config = _from_recipe(EvaluateConfig, context, options)
+    return {"out": config.out, **evaluate(config)}
+
+
+def _caption(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.inference.caption import caption
+
+    return _flat(caption(_from_recipe(CaptionConfig, context, options)))
+
+
+def _embed(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.inference.embed import embed
+
+    return _flat(embed(_from_recipe(EmbedConfig, context, options)))
+
+
+def _serve_check(_: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.pipeline.serve_check import serve_check
+
+    asked = _options(ServeCheckOptions, options)
+    config = ServeConfig(models=asked.models, port=0, auth="none", tracking=asked.tracking, cpus_per_replica=1)
+    return serve_check(config, asked.data, asked.row)
+
+
+def _report(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.pipeline.report import write_report
+
+    return write_report(context.out, context.results, _options(ReportOptions, options))
+
+
+STEPS: dict[str, Callable[[StepContext, Mapping[str, Any]], Result]] = {
+    "fetch": _fetch,
+    "index": _index,
+    "cache": _cache,
+    "train": _train,
+    "evaluate": _evaluate,
+    "caption": _caption,
+    "embed": _embed,
+    "serve-check": _serve_check,
+    "report": _report,
+}
+
+
+def _options(kind: type[C], options: Mapping[str, Any]) -> C:
+    return load_config(kind, None, values=dict(options))
+
+
+def _from_recipe(kind: type[C], context: StepContext, options: Mapping[str, Any]) -> C:
+    if context.recipe is None:
+        return _options(kind, options)
+    return load_config(kind, context.recipe, _overrides(options))
+
+
+def _overrides(options: Mapping[str, Any]) -> list[str]:
+    """Dotted keys with values -> ``key=value`` strings that the loader reads as YAML."""
+    import json
+
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+
+
+def _flat(report: Any) -> Result:
+    if is_dataclass(report) and not isinstance(report, type):
+        return asdict(report)
+    return dict(report.model_dump(mode="json")) if hasattr(report, "model_dump") else dict(report)
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else len(value)

@@ -1,0 +1,104 @@
+"""What a model came from: recipe digest, the fields that may change between runs of one name, lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import isthmus
+from isthmus.config import RunConfig
+from isthmus.contracts import Base, ModelVersion
+
+MAY_CHANGE = (
+    "cluster",
+    "data.cache",
+    "data.decode_workers",
+    "data.max_failed_share",
+    "data.prefetch",
+    "data.train",
+    "model",
+    "storage",
+    "tracking",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
+"""Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
+its content is compared by digest."""
+
+MAY_GROW = "train.steps"
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"lr": 1}}`` -> ``{"train.lr": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping) and value:
+            out.update(flatten(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def settled_fields(run: RunConfig) -> dict[str, Any]:
+    """The flattened recipe without the fields of :data:`MAY_CHANGE`."""
+    flat = flatten(run.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in MAY_CHANGE)}
+
+
+def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:
+    """Sentences naming each field that a run of the same name may not change, with both values; empty when none did."""
+    old, new = settled_fields(before), settled_fields(after)
+    changes = []
+    for field in sorted(old.keys() | new.keys()):
+        was, now = old.get(field), new.get(field)
+        if was == now or (field == MAY_GROW and isinstance(was, int) and isinstance(now, int) and now > was):
+            continue
+        changes.append(f"{field}: was {was!r}, is {now!r}")
+    return changes
+
+
+def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
+    """sha256 of all that decides a run's result: the settled fields, the data's digest, the parent and its version."""
+    parent = lineage.get("parent") or {}
+    facts = {
+        "recipe": settled_fields(run),
+        "data": lineage.get("data", {}).get("digest"),
+        "parent": [parent.get("name"), parent.get("version")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def lineage(run: RunConfig, *, data_digest: str, samples: int, parent: ModelVersion | None) -> dict[str, Any]:
+    """Where a model comes from, as written into its artefact and its registry entry."""
+    return {
+        "data": {"url": run.data.train, "digest": data_digest, "samples": samples},
+        "parent": {"name": parent.name, "version": parent.version, "uri": parent.uri} if parent else None,
+        "code": {"package": isthmus.__version__, "commit": code_commit()},
+    }
+
+
+def with_bases(lineage: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:
+    """``lineage`` with the digests of the frozen parts."""
+    return {**lineage, "bases": [{"role": b.role, "weights": b.weights, "digest": b.digest} for b in bases]}
+
+
+def code_commit() -> str | None:
+    """Commit of the checkout this package runs from (``-dirty`` when it was edited); None for an installed package."""
+    folder = Path(isthmus.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", "__init__.py"):
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""The online service: OpenAI-compatible routes in front of batched model replicas, on Ray Serve."""

@@ -1,0 +1,207 @@
+"""Everything about a run that can be found out in a second, before a worker starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus import storage
+from isthmus.config import RunConfig, VisionConfig, load_run, to_yaml
+from isthmus.contracts import Base, ModelVersion
+from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.registry import check_tracking, manifest, resolve, tracking_uri
+
+RECIPE, FINISHED = "recipe.yaml", "finished.json"
+_OF_A_START = (RECIPE, "lineage.json", "metrics.jsonl", "metrics.sent", "mlflow-run.json", "quarantine.jsonl")
+"""What a run leaves in its folder before its first checkpoint."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked.
+
+    Attributes:
+        run: the recipe with what it inherits from its parent filled in.
+        spec: the method's entry of METHODS.
+        samples: rows of the data's manifest.
+        parent: the model to start from, fetched, or None.
+        lineage: data, parent, code.
+        digest: of all that decides the result.
+        uri: MLflow's tracking URI.
+        cached: the frozen encoder whose features are read from a cache instead of being computed by the workers.
+    """
+
+    run: RunConfig
+    spec: Any
+    samples: int
+    parent: ModelVersion | None
+    lineage: Mapping[str, Any]
+    digest: str
+    uri: str
+    cached: tuple[Base, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.run.storage, self.run.name)
+
+
+def check(run: RunConfig) -> Plan:
+    """Check ``run`` against the outside world, cheapest first, and fill in what it inherits.
+
+    Raises:
+        ConfigError: no such method or image encoder, or a field that a run of this name may not change.
+        StorageError: the run folder cannot be written.
+        DataError: no manifest or cache, or the data of this run name has changed.
+        RegistryError: the tracking server is away, or the parent is not in the registry.
+    """
+    from isthmus.methods import METHODS
+
+    if run.method.name not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise ConfigError(
+            f"No method is called '{run.method.name}'.{nearest(run.method.name, METHODS)}", f"Known: {known}."
+        )
+    _check_placement(run)
+    storage.ensure_writable(storage.join(run.storage, run.name))
+    samples, digest = _data_facts(run)
+    uri = tracking_uri(run.tracking)
+    check_tracking(uri)
+    parent = resolve(run.parent, run.tracking) if run.parent else None
+    spec = METHODS[run.method.name]
+    _check_vision(run)
+    resolved = run.model_copy(update={"method": spec.resolve(run.method, _parent_recipe(parent))})
+    lineage = manifest.lineage(resolved, data_digest=digest, samples=samples, parent=parent)
+    cached = _cached_encoder(resolved, digest, parent)
+    plan = Plan(resolved, spec, samples, parent, lineage, manifest.recipe_digest(resolved, lineage), uri, cached)
+    _check_same_run(plan)
+    return plan
+
+
+def write_recipe(plan: Plan) -> None:
+    """The resolved recipe and the lineage into the run folder."""
+    storage.write_bytes(storage.join(plan.folder, RECIPE), to_yaml(plan.run).encode())
+    storage.write_bytes(storage.join(plan.folder, "lineage.json"), json.dumps(plan.lineage, indent=1).encode())
+
+
+def finished(plan: Plan) -> dict[str, Any] | None:
+    """What an earlier fit of this very recipe left when it ended, or None."""
+    facts = read_json(storage.join(plan.folder, FINISHED))
+    return facts if facts and facts.get("digest") == plan.digest else None
+
+
+def read_json(url: str) -> dict[str, Any] | None:
+    """The object in a small JSON file; None where there is no such file or it was cut short."""
+    if not storage.exists(url):
+        return None
+    try:
+        value = json.loads(storage.read_bytes(url))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _check_placement(run: RunConfig) -> None:
+    if run.data.placement == "streamed":
+        raise ConfigError(
+            "data.placement 'streamed' is not available for training.",
+            "Use 'cached' (encode once with `isthmus data cache`) or 'inline'.",
+        )
+
+
+def _check_vision(run: RunConfig) -> None:
+    """The image encoder that the recipe itself names must be one; found here, not by workers after a minute."""
+    vision = getattr(run.method, "vision", None)
+    if vision is not None and run.data.placement != "cached":
+        from isthmus.models.vision import describe_vision
+
+        describe_vision(vision)
+
+
+def _data_facts(run: RunConfig) -> tuple[int, str]:
+    """(samples, digest) of the training data."""
+    from isthmus.data.manifest import Manifest
+
+    found = Manifest.load(run.data.train)
+    if len(found) == 0:
+        raise DataError(f"{run.data.train} holds no samples.", "Index a folder that has image-text pairs.")
+    return len(found), str(found.digest)
+
+
+def _cached_encoder(run: RunConfig, data_digest: str, parent: ModelVersion | None) -> tuple[Base, ...]:
+    """The encoder of the run's feature cache, which must be of this data and of the encoder that the recipe names."""
+    if run.data.placement != "cached":
+        return ()
+    from isthmus.data.features import read_meta
+
+    url = str(run.data.cache)
+    meta = read_meta(url)
+    mend = "Build a cache for this recipe in another folder with `isthmus data cache`, and name it in data.cache."
+    if meta.manifest_digest != data_digest:
+        raise DataError(f"The feature cache {url} was made of other data than {run.data.train}.", mend)
+    wanted = getattr(run.method, "vision", None)
+    made = VisionConfig(**meta.vision)
+    if wanted is not None and wanted != made:
+        names = [n for n in VisionConfig.model_fields if getattr(wanted, n) != getattr(made, n)]
+        shown = ", ".join(f"{n}: cache {getattr(made, n)!r}, recipe {getattr(wanted, n)!r}" for n in names)
+        raise DataError(f"The feature cache {url} was made with another encoder than method.vision ({shown}).", mend)
+    for base in _parent_bases(parent):
+        if base["role"] == "vision" and base["digest"] != meta.encoder_digest:
+            raise DataError(f"The feature cache {url} was made with other weights than the parent's encoder.", mend)
+    return (Base("vision", made.weights, meta.encoder_digest),)
+
+
+def _parent_bases(parent: ModelVersion | None) -> list[dict[str, str]]:
+    if parent is None:
+        return []
+    bases: list[dict[str, str]] = json.loads(Path(parent.path, "bases.json").read_text(encoding="utf-8"))
+    return bases
+
+
+def _parent_recipe(parent: ModelVersion | None) -> RunConfig | None:
+    if parent is None:
+        return None
+    from isthmus.methods.artefact import read_recipe
+
+    return read_recipe(parent.path)
+
+
+def _check_same_run(plan: Plan) -> None:
+    """A run folder belongs to one recipe: only steps may grow, and what does not touch the result may change.
+
+    A run that has no checkpoint yet, perhaps because its recipe was wrong, is begun anew instead.
+    """
+    stored = storage.join(plan.folder, RECIPE)
+    if not storage.exists(stored):
+        return
+    changes = manifest.changed_fields(_read_stored(stored), plan.run)
+    before = read_json(storage.join(plan.folder, "lineage.json")) or {}
+    for part, field in (("data", "digest"), ("parent", "version")):
+        was, now = (before.get(part) or {}).get(field), (plan.lineage.get(part) or {}).get(field)
+        if before and was != now:
+            changes.append(f"{part} {field}: was {was}, is {now}")
+    if changes and not any(storage.exists(storage.join(plan.folder, kept)) for kept in ("checkpoints", "artefact")):
+        for name in _OF_A_START:
+            storage.delete(storage.join(plan.folder, name))
+    elif changes:
+        raise ConfigError(
+            f"The run '{plan.run.name}' in {plan.run.storage} was begun with another recipe: {'; '.join(changes)}.",
+            "Give this run another name, restore those fields (train.steps may only grow), or delete the run's folder.",
+        )
+
+
+def _read_stored(url: str) -> RunConfig:
+    from isthmus.methods import method_configs
+
+    try:
+        if storage.is_local(url):
+            return load_run(storage.local_path(url), methods=method_configs())
+        import yaml
+
+        return load_run(None, methods=method_configs(), values=yaml.safe_load(storage.read_bytes(url)))
+    except ConfigError as error:
+        raise ConfigError(
+            f"The stored recipe {url} cannot be read: {error.problem}", "Give this run another name."
+        ) from error

@@ -1,0 +1,405 @@
+"""The one training loop, for every method: what each Ray Train worker runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from isthmus import storage
+from isthmus.config import RunConfig
+from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
+from isthmus.errors import DataError, IsthmusError
+from isthmus.training import checkpoint
+from isthmus.training.comm import TorchComm
+from isthmus.training.optimizer import learning_rate
+from isthmus.training.zero import build_engine, gather_trainable, resolve_precision, run_forward, set_learning_rate
+
+_TRANSIENT = (RuntimeError, OSError, TimeoutError)
+"""What a dead or unreachable peer looks like from here; a restart of the group may mend it. Anything else is a fault
+that the restart would meet again."""
+
+
+class TrainingError(IsthmusError):
+    """Training that cannot go on: a loss that is no number, memory that does not suffice, a fault in a method."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker is told.
+
+    Attributes:
+        run: the resolved recipe.
+        spec: the method's entry of METHODS. It travels with the job, so a method that the driver registered in its own
+            script is known here too.
+        samples: rows of the manifest.
+        parent: local folder of the model that the run starts from, or None.
+        lineage: data, parent and code, for the artefact.
+        spool: handle of the :class:`isthmus.training.metrics.Spool` actor.
+        cached: the frozen encoder behind a feature cache, which the workers' stage does not know.
+    """
+
+    run: RunConfig
+    spec: Any
+    samples: int
+    parent: str | None
+    lineage: Mapping[str, Any]
+    spool: Any
+    cached: tuple[Base, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return storage.join(self.run.storage, self.run.name)
+
+    @property
+    def checkpoints(self) -> str:
+        return storage.join(self.folder, "checkpoints")
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """Entry point under Ray Train; ``config["job"]`` refers to a :class:`Job`.
+
+    A fault that a restart would meet again is left with the spool before it is raised, and the restarted group then
+    returns at once, so the driver reports that fault instead of the restarts.
+    """
+    import ray
+    import ray.train.torch
+
+    job: Job = ray.get(config["job"])
+    if ray.get(job.spool.failure.remote()) is not None:
+        return
+    try:
+        device = ray.train.torch.get_device()
+        if device.type == "cpu":
+            _use_cores(ray.train.get_context().get_local_world_size())
+        Worker(job, device, _ActorOut(job.spool)).train()
+    except Exception as error:
+        fatal = _as_fatal(error)
+        if fatal is None:
+            raise
+        ray.get(job.spool.fail.remote(fatal, ray.train.get_context().get_world_rank()))
+        if not _all_failed(job):
+            raise fatal from error
+
+
+def _all_failed(job: Job, patience_s: float = 5.0) -> bool:
+    """Whether every rank met such a fault, as with a loss that is no number. Then all return and nothing is restarted;
+    a rank that waits for this one in a collective call has to be ended by the error instead."""
+    import ray
+
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if ray.get(job.spool.failed_ranks.remote()) >= job.run.cluster.workers:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _as_fatal(error: Exception) -> IsthmusError | None:
+    if isinstance(error, IsthmusError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(
+            f"A worker ran out of device memory: {str(error).splitlines()[0]}", "Lower train.global_batch."
+        )
+    if isinstance(error, _TRANSIENT) and not isinstance(error, NotImplementedError):
+        return None
+    trace = "".join(traceback.format_exception(error))
+    return TrainingError(f"A worker failed with {type(error).__name__}: {error}\n{trace}")
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last logged row."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    images: int = 0
+    tokens: int = 0
+    waited_s: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take in one step's values; a loss part that is not computed in every step is averaged over those it is in."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class Out(Protocol):
+    """Where a worker's rows and events go; see :class:`isthmus.training.metrics.Spool`."""
+
+    def append(self, row: Mapping[str, Any]) -> None: ...
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+
+class _ActorOut:
+    """A spool in another process; nothing waits for it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self.actor.append.remote(row)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self.actor.event.remote(event)
+
+
+class Worker:
+    """One rank of a run. Needs an initialised process group, and no Ray.
+
+    Args:
+        job: what to train.
+        device: where.
+        out: takes rank 0's rows and every rank's events.
+    """
+
+    def __init__(self, job: Job, device: torch.device, out: Out) -> None:
+        self.job, self.run, self.train_config = job, job.run, job.run.train
+        self.device, self.out, self.comm = device, out, TorchComm()
+        self.failed = 0
+        self.first = self.comm.rank == 0
+        self._note("start", pid=os.getpid(), rank=self.comm.rank, host=socket.gethostname())
+
+    def train(self) -> None:
+        """Build, resume, step until ``train.steps``, export."""
+        # Rank 0 decides: nodes with different processors must not train in different precisions.
+        here = resolve_precision(self.train_config.precision, cuda=self.device.type == "cuda")
+        self.precision = self.comm.broadcast(here)
+        self.stage = self._build()
+        if self.first:
+            known = self.stage.references(self.train_config.global_batch)
+            self._note("references", references={f"loss_{k}": asdict(v) for k, v in known.items()})
+        self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
+        start = self._resume()
+        self.window = _Window()
+        for step, (batch, waited_s) in enumerate(self._batches(start), start=start):
+            if step == start:
+                self._note("stepping", step=start) if self.first else None
+            self._step(step, batch, waited_s)
+            done = step + 1
+            if done % self.train_config.checkpoint_every == 0 or done == self.train_config.steps:
+                self._checkpoint(done)
+        self._export()
+
+    def _build(self) -> Stage:
+        seed = self.train_config.seed
+        torch.manual_seed(seed)
+        context = BuildContext(
+            comm=self.comm,
+            seed=seed,
+            with_vision=self.run.data.placement == "inline",
+            parent=self.job.parent,
+            bf16=self.precision == "bf16",
+        )
+        stage: Stage = self.job.spec.build(self.run.method, context)
+        stage.module.train()
+        # Dropout differs between ranks from here on; parameters were initialised alike.
+        torch.manual_seed(seed * 1_000_003 + self.comm.rank)
+        return stage
+
+    def _resume(self) -> int:
+        found, self.attempt = None, 1
+        if self.first:
+            found, skipped = checkpoint.newest(self.job.checkpoints)
+            self.attempt = checkpoint.last_attempt(self.job.checkpoints) + 1
+            for reason in skipped:
+                self._note("skipped", reason=reason)
+        found, self.attempt = self.comm.broadcast((found, self.attempt))
+        if found is None:
+            return 0
+        if found.world_size != self.comm.world_size or found.zero_stage != self.run.zero.stage:
+            raise TrainingError(
+                f"The checkpoint {found.url} was written by {found.world_size} workers with ZeRO {found.zero_stage}; "
+                f"this run has {self.comm.world_size} with ZeRO {self.run.zero.stage}.",
+                f"Resume with cluster.workers={found.world_size} zero.stage={found.zero_stage}, or name a new run.",
+            )
+        step = checkpoint.load(self.engine, found, self.comm)
+        if self.first:
+            self._note("resumed", step=step, url=found.url)
+        return step
+
+    def _batches(self, start: int) -> Iterator[tuple[Batch, float]]:
+        """This rank's batches and the seconds that each was waited for."""
+        if start >= self.train_config.steps:
+            return
+        from isthmus.data.order import Order
+        from isthmus.data.stream import train_batches
+
+        order = Order(self.job.samples, self.train_config.global_batch, self.train_config.seed)
+        batches = iter(
+            train_batches(
+                self.run.data, self.stage, order, self.comm.rank, self.comm.world_size, start,
+                self.train_config.steps, self.train_config.seed, self._on_failure,
+            )
+        )  # fmt: skip
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch.to(self.device), time.perf_counter() - began
+
+    def _on_failure(self, failure: Any) -> None:
+        """Count an unreadable sample, name it to the driver, stop when there are too many."""
+        self.failed += 1
+        facts = {name: getattr(failure, name, None) for name in ("id", "key", "shard", "offset", "reason")}
+        self._note("unreadable", **facts)
+        allowed = max(1.0, self.run.data.max_failed_share * self.job.samples)
+        if self.failed > allowed:
+            raise DataError(
+                f"{self.failed} samples of {self.run.data.train} could not be read, more than data.max_failed_share "
+                f"({self.run.data.max_failed_share:.2%}) allows; the last was {facts['key']}: {facts['reason']}.",
+                "Look at quarantine.jsonl in the run folder, mend the data, or raise data.max_failed_share.",
+            )
+
+    def _step(self, step: int, batch: Batch, waited_s: float) -> None:
+        rate = learning_rate(step, self.train_config)
+        set_learning_rate(self.engine, rate)
+        terms = run_forward(self.engine, batch)
+        values = self._reduced(terms)
+        if not math.isfinite(values["loss"]):
+            self._stop_not_finite(step, batch, values)
+        self.engine.backward(terms.total)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        values["grad_norm"] = float(norm) if norm is not None else 0.0
+        if not math.isfinite(values["grad_norm"]):
+            self._stop_not_finite(step, batch, values)
+        self._count(batch, waited_s)
+        self.window.add(values)
+        done = step + 1
+        if done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0:
+            self._log(done, batch.epoch, rate)
+
+    def _reduced(self, terms: LossTerms) -> dict[str, float]:
+        """The loss, its parts and the metrics as global values: one small all-reduce."""
+        named = {"loss": terms.total, **{f"loss_{k}": v for k, v in terms.parts.items()}, **terms.metrics}
+        stacked = torch.stack([value.detach().float().reshape(()) for value in named.values()])
+        mean = (self.comm.sum(stacked) / self.comm.world_size).tolist()
+        return dict(zip(named, mean, strict=True))
+
+    def _stop_not_finite(self, step: int, batch: Batch, values: Mapping[str, float]) -> None:
+        """Raises on every rank alike. Parameter norms show whether the fault is in the model or in the batch."""
+        ids = self.comm.collect(batch.sample_ids_B[batch.valid_B].tolist())
+        with torch.no_grad():
+            trainable = [p for p in self.stage.module.parameters() if p.requires_grad]
+            norm = float(torch.stack([p.detach().float().norm() for p in trainable]).norm()) if trainable else 0.0
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise TrainingError(
+            f"The loss is no finite number at step {step} ({shown}; parameter norm {norm:.4g}; "
+            f"sample ids by worker: {ids}).",
+            "Lower train.lr, lengthen train.warmup_steps, or look at those samples; the last checkpoint is kept.",
+        )
+
+    def _count(self, batch: Batch, waited_s: float) -> None:
+        window = self.window
+        window.steps += 1
+        window.images += int(batch.valid_B.sum())
+        window.tokens += int(batch.mask_BT.sum()) if batch.mask_BT is not None else 0
+        window.waited_s += waited_s
+
+    def _log(self, done: int, epoch: int, rate: float) -> None:
+        window, self.window = self.window, _Window()
+        counts = torch.tensor(
+            [window.images, window.tokens, window.waited_s, self.failed], dtype=torch.float64, device=self.device
+        )
+        images, tokens, waited, failed = self.comm.sum(counts).tolist()
+        if not self.first:
+            return
+        seconds = max(time.perf_counter() - window.started, 1e-9)
+        values = window.means() | {
+            "lr": rate,
+            "epoch": epoch,
+            "images_per_s": images / seconds,
+            "tokens_per_s": tokens / seconds,
+            "data_wait_share": waited / self.comm.world_size / seconds,
+            "unreadable": failed,
+        }
+        self.out.append({"step": done, "time": time.time(), "metrics": values})
+
+    def _checkpoint(self, done: int) -> None:
+        checkpoint.save(
+            self.engine, self.job.checkpoints, done,
+            attempt=self.attempt, zero_stage=self.run.zero.stage, comm=self.comm,
+        )  # fmt: skip
+        if self.first:
+            checkpoint.prune(self.job.checkpoints, self.train_config.keep_checkpoints)
+            self._note("checkpoint", step=done)
+
+    def _export(self) -> None:
+        """Rank 0 writes the artefact folder; ZeRO 3 gathers its parameters on the way."""
+        state = gather_trainable(self.stage.module, stage=self.run.zero.stage, keep=self.first)
+        if self.first:
+            from isthmus.methods.artefact import save_artefact
+            from isthmus.registry.manifest import with_bases
+
+            target = storage.join(self.job.folder, "artefact")
+            with _artefact_folder(target) as folder:
+                known = {base.role for base in self.stage.bases}
+                bases = (*self.stage.bases, *(base for base in self.job.cached if base.role not in known))
+                facts = with_bases(self.job.lineage, bases)
+                save_artefact(folder, state, self.run, self.stage, facts, bases=bases)
+            self._note(
+                "exported", url=target,
+                precision=self.precision,
+                trainable=sum(t.numel() for t in state.values()),
+                frozen=sum(_numel(p) for p in self.stage.module.parameters() if not p.requires_grad),
+                bases=facts["bases"],
+            )  # fmt: skip
+        self.comm.barrier()
+
+    def _note(self, kind: str, **facts: Any) -> None:
+        self.out.event({"kind": kind, **facts})
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _use_cores(workers_here: int) -> None:
+    """Ray allows a worker of one CPU a single thread; on CPUs the workers share out the cores that are there."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
+
+
+class _artefact_folder:  # noqa: N801 - used as a function
+    """A folder to write into; at the end it replaces ``url`` (a rename locally, an upload elsewhere)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parent = storage.local_path(url).parent if storage.is_local(url) else None
+        self._temporary = tempfile.TemporaryDirectory(prefix=".artefact-", dir=parent)
+
+    def __enter__(self) -> Path:
+        folder = Path(self._temporary.name) / "artefact"
+        folder.mkdir()
+        return folder
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        folder = Path(self._temporary.name) / "artefact"
+        try:
+            if kind is None:
+                storage.delete(self.url)
+                if storage.is_local(self.url):
+                    folder.replace(storage.local_path(self.url))
+                else:
+                    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                        checkpoint.put_file(file, storage.join(self.url, *file.relative_to(folder).parts))
+        finally:
+            self._temporary.cleanup()

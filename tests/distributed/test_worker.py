@@ -1,0 +1,145 @@
+"""The training loop on two gloo ranks, without Ray: ZeRO stages, resuming, what is saved, what stops a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_method as tiny
+from isthmus.config import RunConfig
+from isthmus.data.manifest import Manifest, index
+from isthmus.testing.gloo import run_ranks
+from isthmus.testing.shards import make_dataset
+
+STEPS = 9
+
+
+@dataclass
+class Kept:
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def event(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+
+def recipe(root: str, name: str, *, stage: int = 2, **method: Any) -> RunConfig:
+    return tiny.recipe(root, name, method=method, zero={"stage": stage})
+
+
+def run_one(config: RunConfig) -> dict[str, Any]:
+    """One worker's life; what it said, and how it ended."""
+    from isthmus.training.worker import Job, Worker
+
+    samples = len(Manifest.load(config.data.train))
+    worker = Worker(Job(config, tiny.SPEC, samples, None, {"data": {}}, None), torch.device("cpu"), out := Kept())
+    fault = None
+    try:
+        worker.train()
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    frozen = tiny.frozen_state(worker.stage.module) if config.zero.stage < 3 else {}
+    return {"rows": out.rows, "events": out.events, "fault": fault, "frozen": frozen}
+
+
+def scenarios(root: str) -> dict[str, Any]:
+    """All of them in one pair of processes, since starting the processes is what takes the time."""
+    out = {f"zero{stage}": run_one(recipe(root, f"zero{stage}", stage=stage)) for stage in (0, 1, 2, 3)}
+    broken = recipe(root, "broken", break_at=7)
+    out["broken"], out["mended"] = run_one(broken), run_one(broken)
+    out["again"] = run_one(recipe(root, "zero2"))
+    out["nan"] = run_one(recipe(root, "nan", nan_at=4))
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("worker")
+    index(str(make_dataset(root / "data", 20)))
+    return root, run_ranks(scenarios, 2, str(root), timeout_s=240)
+
+
+def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / "runs" / name / "artefact" / "model.safetensors")
+
+
+def losses(result: dict[str, Any]) -> dict[int, float]:
+    return {row["step"]: row["metrics"]["loss"] for row in result["rows"]}
+
+
+def test_zero_stages_train_the_same_model(made) -> None:
+    root, (first, _) = made
+    expected = weights(root, "zero0")
+    assert set(expected) == {"hidden.weight", "hidden.bias", "out.weight", "out.bias", "temperature"}
+    for stage in (1, 2, 3):
+        assert first[f"zero{stage}"]["fault"] is None
+        for name, value in weights(root, f"zero{stage}").items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(losses(first[f"zero{stage}"]), losses(first["zero0"]), rtol=0, atol=2e-6)
+
+
+def test_only_the_declared_parts_move(made) -> None:
+    root, ranks = made
+    torch.manual_seed(0)
+    fresh = tiny.TinyModule(tiny.TinyConfig(), None)
+    for result in ranks:
+        for name, value in tiny.frozen_state(fresh).items():
+            assert torch.equal(result["zero2"]["frozen"][name], value), name
+    for name, value in weights(root, "zero2").items():
+        assert not torch.equal(value, fresh.state_dict()[name]), f"{name} was not trained"
+
+
+def test_checkpoints_hold_trainable_tensors_only(made) -> None:
+    root, _ = made
+    files = sorted((root / "runs" / "zero2" / "checkpoints").rglob("*model_states.pt"))
+    assert len(files) == 2, "train.keep_checkpoints is 2"
+    for file in files:
+        state = torch.load(file, weights_only=False)
+        assert set(state["module"]) == {"hidden.weight", "hidden.bias", "out.weight", "out.bias", "temperature"}
+
+
+def test_a_broken_run_resumes_to_the_undisturbed_result(made) -> None:
+    root, (first, _) = made
+    assert "connection closed" in first["broken"]["fault"]
+    assert first["mended"]["fault"] is None
+    assert [e["step"] for e in first["mended"]["events"] if e["kind"] == "resumed"] == [6]
+    assert losses(first["mended"])[STEPS] == losses(first["zero2"])[STEPS]
+    for name, value in weights(root, "zero2").items():
+        assert torch.equal(weights(root, "broken")[name], value), name
+
+
+def test_a_run_at_its_end_only_exports(made) -> None:
+    root, (first, _) = made
+    assert first["again"]["rows"] == [] and first["again"]["fault"] is None
+    assert (root / "runs" / "zero2" / "artefact" / "recipe.yaml").exists()
+
+
+def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_samples(made) -> None:
+    root, ranks = made
+    for result in ranks:
+        assert "no finite number at step 4" in result["nan"]["fault"]
+        assert "parameter norm" in result["nan"]["fault"]
+    ids = {int(i) for i in Manifest.load(str(root / "data")).ids}
+    named = ranks[0]["nan"]["fault"].split("sample ids by worker: ")[1].split(").")[0]
+    listed = [int(n) for n in named.replace("[", "").replace("]", "").split(",")]
+    assert len(listed) == 8 and set(listed) <= ids
+
+
+def test_rows_say_what_a_reader_needs(made) -> None:
+    _, (first, second) = made
+    row = first["zero2"]["rows"][-1]
+    assert row["step"] == STEPS
+    assert row["metrics"].keys() >= {
+        "loss", "loss_fit", "temperature", "lr", "grad_norm", "images_per_s", "tokens_per_s", "data_wait_share",
+    }  # fmt: skip
+    assert second["zero2"]["rows"] == [], "one rank writes"
+    [event] = [e for e in first["zero2"]["events"] if e["kind"] == "references"]
+    assert event["references"] == {"loss_fit": {"chance": 0.33, "floor": 0.0}}

@@ -1,0 +1,117 @@
+"""The data plane on a real S3 server: index, read, train from it, cache to it, and errors that say what is wrong."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isthmus import storage
+from isthmus.contracts import Sample
+from isthmus.data import encode
+from isthmus.data.features import CacheMeta, FeatureCache, part_bytes
+from isthmus.data.manifest import Manifest, check, index
+from isthmus.data.quarantine import Quarantine, read_quarantine
+from isthmus.data.readers import Failure, RawSample, read_rows
+from isthmus.errors import DataError, StorageError
+from isthmus.testing import s3
+from isthmus.testing.shards import image_bytes, make_dataset, make_parquet
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def server(s3_server: s3.S3Server) -> Iterator[s3.S3Server]:
+    with s3.environment(s3_server.environment):
+        yield s3_server
+
+
+def upload(folder: Path, url: str) -> str:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        storage.write_bytes(storage.join(url, str(path.relative_to(folder))), path.read_bytes())
+    return url
+
+
+def test_storage_speaks_s3(server: s3.S3Server) -> None:
+    url = server.url("plain", "x.bin")
+    storage.write_bytes(url, bytes(range(200)))
+    assert storage.read_range(url, 150, 10) == bytes(range(150, 160)) and storage.size(url) == 200
+    assert storage.list_files(server.url("plain")) == [(url, 200)]
+    assert storage.exists(server.url("plain")) and not storage.exists(server.url("plainer"))
+    big = np.random.default_rng(0).bytes(12 << 20)  # in several parts
+    storage.write_bytes(server.url("plain", "big"), big)
+    assert storage.read_bytes(server.url("plain", "big")) == big
+    storage.ensure_writable(server.url("fresh"))
+    storage.delete(server.url("plain"))
+    assert not storage.exists(url)
+
+
+def test_errors_say_what_is_wrong(server: s3.S3Server) -> None:
+    url = server.url("errors", "train.tar")
+    storage.write_bytes(url, b"x")
+    with pytest.raises(StorageError, match=r"Did you mean 'train\.tar'\?"):
+        storage.read_bytes(server.url("errors", "trian.tar"))
+    with pytest.raises(StorageError, match=r"bucket 'nowhere' of .* does not exist"):
+        storage.ensure_readable("s3://nowhere/x")
+    wrong = {
+        "AWS_SECRET_ACCESS_KEY=wrong": "secret key used for .* is wrong",
+        "AWS_ACCESS_KEY_ID=stranger": "does not know the access key",
+    }
+    for setting, message in wrong.items():
+        name, _, value = setting.partition("=")
+        with s3.environment({name: value}), pytest.raises(StorageError, match=message):
+            storage.read_bytes(url)
+    reader = {"AWS_ACCESS_KEY_ID": server.reader_key, "AWS_SECRET_ACCESS_KEY": server.reader_secret}
+    with s3.environment(reader):
+        assert storage.read_bytes(url) == b"x"
+        with pytest.raises(StorageError, match=r"Access to .* is denied"):
+            storage.ensure_writable(server.url("errors"))
+    with s3.environment({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}), pytest.raises(StorageError, match="be reached"):
+        storage.exists(url)
+
+
+def test_index_check_and_read(server: s3.S3Server, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", 20, per_shard=6)
+    make_parquet(tmp_path / "set" / "more.parquet", 5)
+    local = index(str(tmp_path / "set"))
+    url = upload(tmp_path / "set", server.url("set"))
+    assert index(url) == local and check(url).ok
+    manifest = Manifest.load(url)
+    assert manifest.digest == local.digest
+    rows = [21, 3, 20, 19, 0, 3]
+    samples = list(read_rows(manifest, rows))
+    assert all(isinstance(s, RawSample) for s in samples)
+    keys = manifest.table["key"].take(rows).to_pylist()
+    assert [s.key for s in samples] == keys
+    for sample in samples:
+        assert isinstance(sample, RawSample) and sample.image == image_bytes(int(sample.key[1:]))
+    with pytest.raises(DataError, match="holds no"):
+        storage.write_bytes(server.url("nothing", "readme.txt"), b"x")
+        index(server.url("nothing"))
+
+
+def test_quarantine_and_cache_live_on_s3(server: s3.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Quarantine(server.url("quarantine")) as quarantine:
+        quarantine.add(Failure(5, "k", "x.tar", 0, "broken"))
+    assert [f.id for f in read_quarantine(server.url("quarantine"))] == [5]
+
+    monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
+    url = server.url("cache")
+    meta = CacheMeta("d", "m", "e", "t", {}, 2, 3, "float16", 4, parts=2)
+    features = np.arange(48, dtype=np.float16).reshape(8, 2, 3)
+    commits = []
+    for part in range(2):
+        samples = [Sample(part * 4 + n, f"k{n}", ("words",)) for n in range(4)]
+        commits.append(encode.write_part(url, part, part_bytes(samples, features[part * 4 : part * 4 + 4]), 4, []))
+    encode._close(url, meta, commits, 8)
+    cache = FeatureCache.open(url)
+    np.testing.assert_array_equal(cache.rows([6, 1]), features[[6, 1]])
+    copied = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.arrow")}
+    assert len(copied) == 2
+    FeatureCache.open(url)
+    assert copied == {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.arrow")}
+    for path in copied:
+        path.unlink()
+    storage.write_bytes(server.url("cache", "parts", "part-00001.arrow"), b"something else")
+    with pytest.raises(DataError, match=r"part-00001\.arrow is damaged"):
+        FeatureCache.open(url)

@@ -1,0 +1,74 @@
+"""Every method as a small recipe on small frozen parts, and pairs to feed it. Shared by unit and distributed tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from isthmus.config import MethodConfig, QFormerConfig, RunConfig
+from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Sample, Stage
+from isthmus.methods import METHODS
+from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage2 import Blip2Stage2Config
+from isthmus.methods.projector import ProjectorConfig
+from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config
+
+QFORMER = QFormerConfig(layers=2, width=32, heads=4, feed_forward=128, queries=4, dropout=0.0, embed=16)
+CAPTIONS = (
+    "a red cat",
+    "two dogs running on the grass left of a house",
+    "blue fish",
+    "a woman with a hat sitting",
+    "yellow banana",
+    "a large tree and a small bird",
+    "the moon",
+    "a green square right of three balls",
+)
+
+
+def recipe(method: str, folder: Path, **changes: object) -> MethodConfig:
+    """A small configuration of the method; its frozen parts are written into ``folder`` where they are not yet."""
+    text, vision = tiny_bert(folder / "bert"), tiny_vision_config()
+    configs: dict[str, MethodConfig] = {
+        "blip2_stage1": Blip2Stage1Config(vision=vision, text=text, qformer=QFORMER),
+        "blip2_stage2": Blip2Stage2Config(vision=vision, qformer=QFORMER, language=tiny_lm(folder / "lm")),
+        "projector": ProjectorConfig(vision=vision, text=text, embed=16, dropout=0.0),
+    }
+    return configs[method].model_copy(update=changes)
+
+
+def build(
+    config: MethodConfig, comm: Comm | None = None, *, with_vision: bool = False, parent: str | None = None
+) -> Stage:
+    """The stage of a recipe."""
+    context = BuildContext(comm=comm or LocalComm(), seed=3, with_vision=with_vision, parent=parent)
+    return METHODS[config.name].build(config, context)
+
+
+def run_config(config: MethodConfig) -> RunConfig:
+    """A run of the method, as an artefact stores it."""
+    return RunConfig.model_validate(
+        {"name": "test", "method": config, "data": {"train": "nowhere"}, "train": {"steps": 1, "seed": 3}}
+    )
+
+
+def samples(stage: Stage, count: int, seed: int = 0) -> list[Sample]:
+    """Pairs with random image features and captions of very different lengths."""
+    shape = (stage.image_spec["tokens"], stage.image_spec["width"])
+    random = np.random.default_rng(seed)
+    return [
+        Sample(i, f"s{i}", (CAPTIONS[i % len(CAPTIONS)],), features_ND=random.standard_normal(shape).astype(np.float32))
+        for i in range(count)
+    ]
+
+
+def batch(stage: Stage, rows: Sequence[Sample], step: int = 0, padding: int = 0) -> Batch:
+    """The rows' batch; the last ``padding`` of them are padding."""
+    from dataclasses import replace
+
+    made = stage.collate(rows, 0, step)
+    valid = torch.arange(len(rows)) < len(rows) - padding
+    return replace(made, valid_B=made.valid_B & valid)

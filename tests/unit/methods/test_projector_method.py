@@ -1,0 +1,95 @@
+"""The projector method: its text memory, its two ways to pool, its temperature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.models.projector import HeadProjector, ImageProjector, TextProjector, TokenProjector
+from method_cases import batch, build, recipe, samples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parts")
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_are_freeze_aligns() -> None:
+    with torch.device("meta"):
+        assert parameters(TokenProjector(1024, 1024)) == 3_150_848
+        assert parameters(HeadProjector(1024, 1024)) == 2_101_248
+        image = ImageProjector(1024, 1024, 0.1, pool_first=False, class_token=True)
+        text = TextProjector(1024, 1024, 0.1, per_token=True)
+    assert parameters(image) + parameters(text) + 1 == 11_553_793
+
+
+@pytest.mark.parametrize("kind", ["pooled", "tokens"])
+def test_each_distinct_caption_is_encoded_once_until_it_is_pushed_out(kind: str, folder: Path) -> None:
+    stage = build(recipe("projector", folder, text_features=kind, remembered_texts=3))
+    memory, calls = stage.module.memory, []
+    stage.module.text.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
+    first = memory.read(["a cat", "two dogs", "a cat"])[0]
+    assert calls == [2] and torch.equal(first[0], first[2])
+    assert torch.equal(memory.read(["a cat"])[0][0][:4], first[0][:4]) and calls == [2]
+    memory.read(["moon", "a large tree"])
+    assert len(memory) == 3 and calls == [2, 2]
+    memory.read(["two dogs"])  # the least recently read
+    assert calls == [2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["pooled", "tokens"])
+def test_a_texts_vector_does_not_depend_on_its_company(kind: str, folder: Path) -> None:
+    module = build(recipe("projector", folder, text_features=kind)).module.eval()
+    alone = module.embed_texts(["two dogs"])
+    module.memory._kept.clear()
+    together = module.embed_texts(["two dogs", "a large tree and a small bird left of the house"])[:1]
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+
+
+def test_pooling_first_is_another_function_except_on_equal_tokens() -> None:
+    torch.manual_seed(0)
+    projector = ImageProjector(8, 6, 0.0, pool_first=False, class_token=False).eval()
+    x = torch.randn(2, 5, 8)
+    late = projector(x)
+    projector.pool_first = True
+    assert not torch.allclose(projector(x), late, atol=1e-3)
+    same = x[:, :1].expand(-1, 5, -1)
+    early = projector(same)
+    projector.pool_first = False
+    torch.testing.assert_close(projector(same), early)
+
+
+def test_the_class_token_has_its_own_projector_and_no_part_in_the_mean() -> None:
+    torch.manual_seed(0)
+    projector = ImageProjector(8, 6, 0.0, pool_first=False, class_token=True).eval()
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(projector(x), projector.tokens(x[:, 1:]).mean(1) + projector.class_token(x[:, 0]))
+
+
+def test_the_temperature_is_held_but_can_return(folder: Path) -> None:
+    stage = build(recipe("projector", folder))
+    module = stage.module
+    with torch.no_grad():
+        module.temperature.fill_(0.9)
+    terms = module(batch(stage, samples(stage, 6)))
+    terms.total.backward()
+    assert float(terms.metrics["temperature"]) == pytest.approx(0.5)
+    assert float(module.temperature.grad) != 0.0
+
+
+def test_it_learns_to_tell_pairs_apart(folder: Path) -> None:
+    stage = build(recipe("projector", folder, pool="pool-then-project"))
+    module, rows = stage.module.train(), samples(stage, 8)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(80):
+        optimizer.zero_grad()
+        terms = module(batch(stage, rows, step))
+        terms.total.backward()
+        optimizer.step()
+    assert float(terms.metrics["r1_i2t"]) == float(terms.metrics["r1_t2i"]) == 1.0

@@ -1,0 +1,215 @@
+"""The frozen language model: token layout, loss, gradients, generation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from isthmus.errors import ConfigError, WeightsError
+from isthmus.models.language import LanguageModel, build_language
+from isthmus.testing.backbones import tiny_bert, tiny_lm
+
+FAMILIES = ("opt", "llama", "gpt2")
+TEXTS = ["a red cat", "two small birds on the house", "sun"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, LanguageModel]:
+    return {f: build_language(tiny_lm(tmp_path_factory.mktemp(f), f)) for f in FAMILIES}
+
+
+def prefix(model: LanguageModel, rows: int, queries: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, queries, model.width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bos_and_end_follow_the_family(models, family):
+    model = models[family]
+    ids_BT, mask_BT, labels_BT = model.caption_tokens(["a red cat"], "")
+    row = ids_BT[0].tolist()
+    words = model.tokenizer("a red cat", add_special_tokens=False)["input_ids"]
+    end = (
+        model.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        if family == "opt"
+        else [model.tokenizer.eos_token_id]
+    )
+    bos = [] if family == "gpt2" else [model.tokenizer.bos_token_id]
+    assert row == bos + words + end
+    assert labels_BT[0].tolist() == row, "without a prompt everything is predicted, BOS too"
+    assert mask_BT.all()
+
+
+def test_the_opening_token_may_stand_before_the_soft_prompt(tmp_path):
+    config = tiny_lm(tmp_path, "llama")
+    behind, first = build_language(config), build_language(config.model_copy(update={"opening": "first"}))
+    ids_BT, mask_BT, labels_BT = first.caption_tokens(["a red cat"], "")
+    assert ids_BT[0].tolist() == behind.caption_tokens(["a red cat"], "")[0][0].tolist()[1:]
+    soft = prefix(first, 1)
+    bos_11L = behind.embed(torch.tensor([[first.tokenizer.bos_token_id]]))
+    by_hand = behind.loss(torch.cat([bos_11L, soft], 1), ids_BT, mask_BT, labels_BT)
+    assert first.loss(soft, ids_BT, mask_BT, labels_BT).total.item() == pytest.approx(by_hand.total.item())
+    # Generation sees the same sequence: the first token of the caption is the argmax of the full forward.
+    whole_1SL = torch.cat([bos_11L, soft, first.embed(torch.tensor([first._plain_ids("of")]))], 1)
+    best = int(first.model(inputs_embeds=whole_1SL).logits[0, -1].argmax())
+    assert first.generate(soft, prompt="of", max_new_tokens=1) == [first._decode([best])]
+
+
+def test_an_opening_token_that_the_tokenizer_lacks_is_named(tmp_path):
+    config = tiny_lm(tmp_path, "llama").model_copy(update={"opening": "first"})
+    file = next(Path(config.weights).glob("tokenizer_config.json"))
+    settings = json.loads(file.read_text())
+    settings.pop("bos_token", None)
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="no begin-of-sequence token"):
+        build_language(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_padding_take_no_loss(models, family):
+    model = models[family]
+    _, mask_BT, labels_BT = model.caption_tokens(TEXTS, "a photo of")
+    head = len(model._prompt_ids("a photo of"))
+    assert (labels_BT[:, :head] == -100).all()
+    assert ((labels_BT == -100)[:, head:] == (mask_BT == 0)[:, head:]).all()
+    assert (mask_BT.diff(dim=1) <= 0).all(), "padding is on the right"
+    for i, text in enumerate(TEXTS):
+        assert model.tokenizer.decode(labels_BT[i][labels_BT[i] != -100][:-1]) == f" {text}"
+        assert labels_BT[i][labels_BT[i] != -100][-1] == model.end_id
+
+
+def test_a_caption_that_is_cut_loses_its_end(models):
+    model = models["llama"]
+    ids_BT, _, _ = model.caption_tokens(["cat " * 40], "")
+    assert ids_BT.shape == (1, 1 + 16)
+    assert ids_BT[0, -1] != model.end_id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_whole_model_s_own(models, family):
+    """Against the full forward with full logits and a hand-written shift, row by row without padding."""
+    model = models[family]
+    prefix_BQL = prefix(model, len(TEXTS))
+    total, count = 0.0, 0
+    for i, text in enumerate(TEXTS):
+        ids_1T, _, labels_1T = model.caption_tokens([text], "a photo of")
+        inputs = torch.cat([prefix_BQL[i : i + 1], model.embed(ids_1T)], 1)
+        logits = model.model(inputs_embeds=inputs).logits[0]
+        for t, label in enumerate(labels_1T[0].tolist()):
+            if label != -100:
+                total += F.cross_entropy(logits[3 + t - 1], torch.tensor(label)).item()
+                count += 1
+    result = model.loss(prefix_BQL, *model.caption_tokens(TEXTS, "a photo of"))
+    assert int(result.tokens) == count
+    assert result.total.item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_the_soft_prompt_and_no_weight(models, family):
+    model = models[family]
+    prefix_BQL = prefix(model, 3).requires_grad_()
+    model.loss(prefix_BQL, *model.caption_tokens(TEXTS, "")).total.backward()
+    assert (prefix_BQL.grad.abs().sum(-1) > 0).all(), "every query of every row"
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_no_label_is_a_differentiable_zero(models):
+    model = models["llama"]
+    ids_BT, mask_BT, labels_BT = model.caption_tokens(TEXTS, "")
+    prefix_BQL = prefix(model, 3).requires_grad_()
+    result = model.loss(prefix_BQL, ids_BT, mask_BT, torch.full_like(labels_BT, -100))
+    result.total.backward()
+    assert result.total.item() == 0.0
+    assert result.tokens.item() == 0.0
+    assert prefix_BQL.grad.abs().sum() == 0
+
+
+def test_dropout_sleeps_unless_the_recipe_wakes_it(tmp_path):
+    config = tiny_lm(tmp_path, "opt")
+    asleep = build_language(config).train()
+    assert not any(m.training for m in asleep.modules())
+    awake = build_language(config.model_copy(update={"dropout": True})).train()
+    batch = awake.caption_tokens(TEXTS, "")
+    x = prefix(awake, 3)
+    assert awake.loss(x, *batch).total != awake.loss(x, *batch).total
+    assert asleep.loss(x, *batch).total == asleep.loss(x, *batch).total
+    assert awake.generate(x, max_new_tokens=4) == asleep.generate(x, max_new_tokens=4)
+    assert awake.model.training, "generation leaves the mode as it was"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_gives_what_single_rows_give(models, family, beams):
+    """Prompts of different lengths, so that rows are padded on the left."""
+    model, x = models[family], prefix(models[family], 3, seed=5)
+    prompts = ["", "a photo of", "the small red bird on a"]
+    together = model.generate(x, prompts, max_new_tokens=6, num_beams=beams)
+    alone = [model.generate(x[i : i + 1], prompts[i], max_new_tokens=6, num_beams=beams)[0] for i in range(3)]
+    assert together == alone
+    assert len(set(together)) == 3, "a model that ignores its prompt would pass otherwise"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_argmax_of_the_full_forward(models, family):
+    model, x = models[family], prefix(models[family], 1, seed=2)
+    ids = model._prompt_ids("a photo of")
+    for _ in range(5):
+        inputs = torch.cat([x, model.embed(torch.tensor([ids]))], 1)
+        following = int(model.model(inputs_embeds=inputs).logits[0, -1].argmax())
+        if following in model._stop_ids():
+            break
+        ids.append(following)
+    expected = model.tokenizer.decode(ids[len(model._prompt_ids("a photo of")) :], skip_special_tokens=True).strip()
+    assert model.generate(x, "a photo of", max_new_tokens=5) == [expected]
+
+
+def test_a_taught_soft_prompt_speaks_the_caption_and_stops(models):
+    """Training layout and generation layout are one: what the loss teaches is what generation says."""
+    model, text = models["llama"], "a red cat"
+    x = torch.nn.Parameter(prefix(model, 1, queries=4) * 0.1)
+    batch = model.caption_tokens([text], "photo")
+    optimizer = torch.optim.Adam([x], lr=0.3)
+    for _ in range(150):
+        result = model.loss(x, *batch)
+        if result.total.item() < 0.1:
+            break
+        optimizer.zero_grad()
+        result.total.backward()
+        optimizer.step()
+    assert model.generate(x.detach(), "photo", max_new_tokens=12) == [text]
+
+
+def test_bounds_and_empty_batches(models):
+    model = models["llama"]
+    assert model.generate(prefix(model, 0)) == []
+    with pytest.raises(ConfigError, match="2 prompts were given for 3"):
+        model.generate(prefix(model, 3), ["a", "b"])
+    assert len(model.tokenizer(model.generate(prefix(model, 1), max_new_tokens=2)[0])["input_ids"]) <= 1 + 2 + 1
+
+
+def test_what_is_no_language_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    from isthmus.config.schema import LanguageConfig
+
+    with pytest.raises(WeightsError, match="cannot be loaded as a causal"):
+        build_language(LanguageConfig(weights=str(tmp_path)))
+
+
+def test_weights_with_a_hole_are_refused(tmp_path):
+    """transformers would start the missing tensor at random and only log it."""
+    config = tiny_lm(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        build_language(config)
+
+
+def test_the_digest_names_the_weights(tmp_path):
+    first = build_language(tiny_lm(tmp_path / "a", "gpt2", seed=0)).base
+    again = build_language(tiny_lm(tmp_path / "b", "gpt2", seed=0)).base
+    other = build_language(tiny_lm(tmp_path / "c", "gpt2", seed=1)).base
+    assert first.digest == again.digest != other.digest
+    assert tiny_bert(tmp_path / "d").weights == str(tmp_path / "d")

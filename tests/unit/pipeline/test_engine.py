@@ -1,0 +1,121 @@
+"""The pipeline runner: substitution, records, resumption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isthmus.errors import ConfigError
+from isthmus.pipeline import engine
+from isthmus.pipeline.engine import load_pipeline, run_pipeline, substitute
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Two step kinds that record what they were asked; ``fail`` raises while its list is non-empty."""
+    seen: list[dict] = []
+
+    def work(_, options):
+        seen.append(dict(options))
+        return {"value": len(seen), "url": f"made-{options.get('n')}"}
+
+    monkeypatch.setitem(engine.STEPS, "fetch", work)
+    monkeypatch.setitem(engine.STEPS, "index", work)
+    return seen
+
+
+def pipeline_file(tmp_path: Path, **changes) -> Path:
+    steps = [
+        {"id": "first", "run": "fetch", "options": {"n": "${seed}"}},
+        {"id": "second", "run": "index", "options": {"from": "${first.url}", "n": 2}},
+    ]
+    spec = {"name": "p", "out": str(tmp_path / "out"), "params": {"seed": 7}, "steps": steps} | changes
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def test_results_of_earlier_steps_flow_into_later_ones(tmp_path, calls):
+    results = run_pipeline(pipeline_file(tmp_path))
+    assert calls == [{"n": 7}, {"from": "made-7", "n": 2}]
+    assert results["second"]["url"] == "made-2"
+
+
+def test_a_finished_step_is_not_run_again(tmp_path, calls):
+    path = pipeline_file(tmp_path)
+    first = run_pipeline(path)
+    again = run_pipeline(path)
+    assert len(calls) == 2
+    assert again["first"]["value"] == first["first"]["value"]
+
+
+def test_a_changed_parameter_reruns_the_steps_that_follow_from_it(tmp_path, calls):
+    path = pipeline_file(tmp_path)
+    run_pipeline(path)
+    run_pipeline(path, ["seed=8"])
+    assert calls[2:] == [{"n": 8}, {"from": "made-8", "n": 2}]
+
+
+def test_an_interrupted_pipeline_goes_on_at_the_step_that_was_cut(tmp_path, calls, monkeypatch):
+    path = pipeline_file(tmp_path)
+    monkeypatch.setitem(engine.STEPS, "index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(path)
+    monkeypatch.setitem(engine.STEPS, "index", lambda _, o: calls.append(dict(o)) or {"value": 0})
+    run_pipeline(path)
+    assert calls == [{"n": 7}, {"from": "made-7", "n": 2}]
+
+
+def test_a_torn_record_is_no_record(tmp_path, calls):
+    path = pipeline_file(tmp_path)
+    run_pipeline(path)
+    record = tmp_path / "out" / "steps" / "first.json"
+    record.write_text(record.read_text()[:20])
+    run_pipeline(path)
+    assert len(calls) == 3
+
+
+def test_fresh_forgets_the_records(tmp_path, calls):
+    path = pipeline_file(tmp_path)
+    run_pipeline(path)
+    run_pipeline(path, fresh=True)
+    assert len(calls) == 4
+
+
+def test_records_are_json_with_the_seconds_taken(tmp_path, calls):
+    run_pipeline(pipeline_file(tmp_path))
+    record = json.loads((tmp_path / "out" / "steps" / "second.json").read_text())
+    assert record["seconds"] >= 0 and record["run"] == "index"
+
+
+def test_an_unknown_reference_names_what_is_known():
+    with pytest.raises(ConfigError, match=r"stage1\.uri"):
+        substitute("${stage1.url}", {"stage1.uri": "x"})
+
+
+def test_a_whole_reference_keeps_its_type():
+    assert substitute({"a": "${n}", "b": "x${n}"}, {"n": 3}) == {"a": 3, "b": "x3"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": [{"id": "a", "run": "fetsch"}]}, "Did you mean 'fetch'"),
+        ({"steps": [{"id": "a", "run": "fetch"}, {"id": "a", "run": "index"}]}, "more than once"),
+        ({"stepz": []}, "Did you mean 'steps'"),
+    ],
+)
+def test_a_wrong_pipeline_file_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_pipeline(pipeline_file(tmp_path, **change))
+
+
+def test_a_pipeline_that_extends_another_changes_what_it_names(tmp_path, calls):
+    pipeline_file(tmp_path)
+    longer = tmp_path / "longer.yaml"
+    longer.write_text("extends: p.yaml\nname: longer\nparams: {extra: 1}\n")
+    pipeline = load_pipeline(longer, ["seed=9"])
+    assert (pipeline.name, pipeline.params, len(pipeline.steps)) == ("longer", {"seed": 9, "extra": 1}, 2)

@@ -1,0 +1,318 @@
+"""The command line: what it starts, what it says, and with which exit code. The work itself is replaced."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from isthmus import __version__, cli
+from isthmus.commands import ray_session, recipes, shell
+from isthmus.contracts import ModelVersion
+from isthmus.data.manifest import CheckReport, Problem
+from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "ray", "transformers", "mlflow", "deepspeed", "pyarrow", "pydantic", "numpy")
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def call(*words: str) -> Ran:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main(words)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        shown = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Replaces ``module.function`` by one that notes its arguments and answers (or raises) ``answer``; no Ray."""
+
+    @contextmanager
+    def no_ray(cpus: float = 0) -> Any:
+        yield
+
+    for name in ("run", "use", "data"):
+        monkeypatch.setattr(f"isthmus.commands.{name}.ray_session", no_ray)
+
+    def replace(module: str, function: str, answer: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def work(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer() if callable(answer) else answer
+
+        stand_in = ModuleType(module)
+        setattr(stand_in, function, work)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+        return calls
+
+    return replace
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    code = f"import sys, isthmus.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("demo",), ("train",), ("run",), ("evaluate",), ("caption",), ("embed",), ("serve",), ("doctor",)),
+        *(("data", "fetch"), ("data", "index"), ("data", "check"), ("data", "cache")),
+        *(("model", "list"), ("model", "show"), ("model", "promote")),
+    ],
+)
+def test_every_command_shows_examples(words: tuple[str, ...], run: Callable[..., Ran]) -> None:
+    shown = run(*words, "--help")
+    assert shown.code == 0
+    assert f"isthmus {' '.join(words)}" in shown.out.split("Examples:")[1]
+
+
+def test_version(run: Callable[..., Ran]) -> None:
+    assert run("--version").out == f"isthmus {__version__}\n"
+
+
+def test_train_reads_recipe_and_overrides(run: Callable[..., Ran], fake: Any) -> None:
+    calls = fake("isthmus.training.driver", "fit", ModelVersion("m", "3", "candidate", "models:/m/3", lineage={"a": 1}))
+    ran = run("train", str(ROOT / "pipelines/demo/stage1.yaml"), "train.steps=7", "train.lr=1e-4", "--json")
+    assert ran.code == 0, ran.err
+    config = calls[0][0][0]
+    assert (config.name, config.train.steps, config.train.lr) == ("stage1", 7, 1e-4)
+    assert ran.json["uri"] == "models:/m/3"
+    assert ran.json["lineage"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "words", "field"),
+    [
+        ("caption", "isthmus.inference.caption", ["model=m", "data=d", "out=o", "actors=3"], ("actors", 3)),
+        ("embed", "isthmus.inference.embed", ["model=m", "data=d", "out=o", "texts=false"], ("texts", False)),
+        ("evaluate", "isthmus.evaluation.driver", ["model=m", "data=d", 'tasks=["captioning"]'], ("model", "m")),
+        ("serve", "isthmus.serving.app", ["models.demo=models:/m@a", "port=8001"], ("models", {"demo": "models:/m@a"})),
+    ],
+)
+def test_words_alone_make_a_config(
+    command: str, module: str, words: list[str], field: tuple[str, Any], run: Callable[..., Ran], fake: Any
+) -> None:
+    calls = fake(module, command, {"seen": 1} if command != "serve" else "http://127.0.0.1:8001")
+    ran = run(command, *words)
+    assert ran.code == 0, ran.err
+    assert getattr(calls[0][0][0], field[0]) == field[1]
+
+
+def test_a_recipe_file_and_words_over_it(run: Callable[..., Ran], fake: Any, away: Path) -> None:
+    (away / "c.yaml").write_text("model: m\ndata: d\nout: o\nbatch: 4\n")
+    calls = fake("isthmus.inference.caption", "caption", {"captioned": 5})
+    assert run("caption", "c.yaml", "batch=8").code == 0
+    assert (calls[0][0][0].batch, calls[0][0][0].data) == (8, "d")
+
+
+@pytest.mark.parametrize(("faults", "code"), [(0, 0), (2, 2)])
+def test_data_check_fails_where_something_is_wrong(run: Callable[..., Ran], fake: Any, faults: int, code: int) -> None:
+    problems = tuple(Problem("a.tar", 512 * n, f"k{n}", "the image is damaged") for n in range(faults))
+    fake("isthmus.data.manifest", "check", CheckReport(8, 1, problems))
+    ran = run("data", "check", "lake")
+    assert ran.code == code
+    assert ("2 problems found" in ran.out) == bool(faults)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), (["pipelines/demo.yaml"], [], False)),
+        (("--seed", "3", "--fresh"), (["pipelines/demo.yaml"], ["seed=3", "out=runs/demo-seed3"], True)),
+    ],
+)
+def test_demo(words: tuple[str, ...], expected: Any, run: Callable[..., Ran], fake: Any) -> None:
+    calls = fake("isthmus.pipeline", "run_pipeline", {"fetch": {"train": 10}})
+    ran = run("demo", *words)
+    assert ran.code == 0, ran.err
+    (pipeline, overrides), options = calls[0]
+    assert pipeline.endswith(expected[0][0])
+    assert (overrides, options["fresh"]) == expected[1:]
+    assert ran.out.split()[-2:] == ["train", "10"], "the last step's result; all of them with --json"
+
+
+def test_data_cache_takes_the_encoder_of_a_recipe(run: Callable[..., Ran], fake: Any) -> None:
+    calls = fake("isthmus.data.features", "build_cache", {"samples": 9})
+    recipe = str(ROOT / "pipelines/demo/stage1.yaml")
+    assert run("data", "cache", "d", "o", "image_size=96", "--recipe", recipe, "--actors", "1").code == 0
+    (data, out, vision), options = calls[0]
+    assert (data, out, vision.name, vision.image_size, options["actors"]) == ("d", "o", "tf_efficientnet_lite0", 96, 1)
+
+
+def test_model_commands(run: Callable[..., Ran], fake: Any) -> None:
+    calls = fake("isthmus.registry.store", "list_models", [{"name": "demo-stage1", "version": 2}])
+    ran = run("model", "list", "--tracking", "sqlite:///x.db", "--json")
+    assert ran.json == {"models": [{"name": "demo-stage1", "version": 2}]}
+    assert calls[0][0][0].uri == "sqlite:///x.db"
+    table = run("model", "list").out
+    assert "demo-stage1" in table
+    assert "name" in table
+    promoted = fake("isthmus.registry.store", "promote", ModelVersion("m", "2", "production", "models:/m/2"))
+    assert run("model", "promote", "models:/m@candidate", "production").code == 0
+    assert promoted[0][0][:2] == ("models:/m@candidate", "production")
+
+
+def test_json_keeps_standard_output_for_the_result(run: Callable[..., Ran], fake: Any) -> None:
+    def noisy() -> dict[str, float]:
+        print("chatter of a library")
+        subprocess.run([sys.executable, "-c", "print('chatter of a child')"], check=True)
+        return {"r1": 0.5}
+
+    fake("isthmus.evaluation.driver", "evaluate", noisy)
+    ran = run("evaluate", "--json", "model=m", "data=d")
+    assert ran.json == {"r1": 0.5}
+    assert "chatter of a library" in ran.err
+    assert "chatter of a child" in ran.err
+    assert "chatter" in run("evaluate", "model=m", "data=d").out
+
+
+def test_a_user_error_is_two_sentences_and_exit_2(run: Callable[..., Ran], fake: Any) -> None:
+    fake(
+        "isthmus.evaluation.driver", "evaluate", DataError("There is no manifest at d.", "Run `isthmus data index d`.")
+    )
+    ran = run("evaluate", "model=m", "data=d")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "error: There is no manifest at d. Run `isthmus data index d`.\n"
+    machine = run("evaluate", "model=m", "data=d", "--json")
+    assert machine.json == {"error": "There is no manifest at d.", "mend": "Run `isthmus data index d`."}
+    assert machine.code == 2
+
+
+def test_debug_shows_the_traceback(run: Callable[..., Ran], fake: Any) -> None:
+    fake("isthmus.evaluation.driver", "evaluate", ZeroDivisionError("division by zero"))
+    short = run("evaluate", "model=m", "data=d")
+    assert short.code == 1
+    assert "ZeroDivisionError: division by zero" in short.err
+    assert "--debug" in short.err
+    assert "Traceback" not in short.err
+    assert "Traceback" in run("evaluate", "model=m", "data=d", "--debug").err
+
+
+def test_interruption_is_exit_130_with_a_sentence(run: Callable[..., Ran], fake: Any) -> None:
+    fake("isthmus.evaluation.driver", "evaluate", KeyboardInterrupt())
+    ran = run("evaluate", "model=m", "data=d")
+    assert ran.code == 130
+    assert "goes on where it was" in ran.err
+
+
+def test_a_terminated_process_ends_as_an_interrupted_one(run: Callable[..., Ran], fake: Any) -> None:
+    fake("isthmus.evaluation.driver", "evaluate", lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("evaluate", "model=m", "data=d").code == 130
+
+
+def test_wrong_usage_is_exit_2(run: Callable[..., Ran]) -> None:
+    assert run("frobnicate").code == 2
+    assert run("data", "fetch", "--limit", "0").code == 2
+
+
+def test_a_misspelt_key_names_the_right_one(run: Callable[..., Ran]) -> None:
+    ran = run("caption", "model=m", "data=d", "out=o", "num_beam=3")
+    assert ran.code == 2
+    assert "Did you mean 'num_beams'?" in ran.err
+
+
+def test_every_fault_of_a_recipe_is_listed(run: Callable[..., Ran]) -> None:
+    ran = run("caption", "model=m")
+    assert "'data' is missing" in ran.err
+    assert "'out' is missing" in ran.err
+
+
+def test_the_error_inside_a_worker_is_found() -> None:
+    inner = RegistryError("No model is called 'x'.")
+    wrapped = RuntimeError("task failed")
+    wrapped.cause = inner  # type: ignore[attr-defined]
+    group = RuntimeError("training failed")
+    group.worker_failures = {0: wrapped}  # type: ignore[attr-defined]
+    assert shell.user_error(group) is inner
+    chained = ValueError("outer")
+    chained.__cause__ = inner
+    assert shell.user_error(chained) is inner
+    assert shell.user_error(ValueError("plain")) is None
+
+
+def test_the_error_inside_a_ray_task_is_found() -> None:
+    from ray.exceptions import RayTaskError
+
+    remote = RayTaskError("f", "Traceback: long", ConfigError("The key is wrong.", "Mend it.")).as_instanceof_cause()
+    found = shell.user_error(remote)
+    assert found is not None
+    assert (found.problem, found.mend) == ("The key is wrong.", "Mend it.")
+
+
+def test_first_word_is_a_recipe_or_an_override(away: Path) -> None:
+    assert recipes.split(["a.yaml", "x=1"]) == ("a.yaml", ["x=1"])
+    assert recipes.split(["x=1"]) == (None, ["x=1"])
+    (away / "odd=name.yaml").touch()
+    assert recipes.split(["odd=name.yaml", "x=1"]) == ("odd=name.yaml", ["x=1"])
+
+
+def test_an_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("nobody")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.8.7:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(IsthmusError, match=r"10\.9\.8\.7:6379 does not answer"), ray_session.ray_session():
+        pass
+
+
+def test_a_local_cluster_stays_on_loopback_with_room_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    asked: dict[str, Any] = {}
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", asked.update)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(KeyError), ray_session.ray_session(cpus=40):
+        raise KeyError
+    assert asked["address"] == "local"
+    assert asked["_node_ip_address"] == "127.0.0.1"
+    assert asked["include_dashboard"] is False
+    assert asked["num_cpus"] >= 44
+    assert ended == [True]
+
+
+def test_a_running_session_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("ended a cluster that was not its own"))
+    with ray_session.ray_session():
+        pass

@@ -1,0 +1,178 @@
+"""Recipes: every file that ships is valid, faults name key and mend, what is written out reads back equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from isthmus.config import (
+    CaptionConfig,
+    DataConfig,
+    EvaluateConfig,
+    MethodConfig,
+    RunConfig,
+    VisionConfig,
+    load_config,
+    load_run,
+    read_yaml,
+    to_yaml,
+)
+from isthmus.config.load import apply_overrides
+from isthmus.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "pipelines").rglob("*.y*ml"))
+
+
+class Toy(MethodConfig):
+    vision: VisionConfig = VisionConfig()
+    strength: float = 1.0
+
+
+METHODS = {"toy": Toy}
+RUN: dict[str, Any] = {
+    "name": "r1",
+    "method": {"name": "toy"},
+    "data": {"train": "data/train"},
+    "train": {"steps": 5},
+}
+
+
+def run(*overrides: str, **changes: Any) -> RunConfig:
+    return load_run(None, overrides, methods=METHODS, values={**RUN, **changes})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    keys = set(read_yaml(path))
+    if {"steps", "extends"} & set(keys):
+        from isthmus.pipeline import load_pipeline
+
+        assert load_pipeline(path).steps
+    elif "method" in keys:
+        from isthmus.methods import method_configs
+
+        assert load_run(path, methods=method_configs()).train.steps > 0
+    elif "models" in keys:
+        from isthmus.config import ServeConfig
+
+        assert load_config(ServeConfig, path).models
+    elif "tasks" in keys:
+        assert load_config(EvaluateConfig, path).tasks
+    else:
+        assert load_config(CaptionConfig, path).model
+
+
+def test_recipes_of_pipeline_steps_exist_and_are_valid_with_their_options() -> None:
+    from isthmus.methods import method_configs
+    from isthmus.pipeline import load_pipeline
+
+    for path in RECIPES:
+        if not {"steps", "extends"} & set(read_yaml(path)):
+            continue
+        for step in load_pipeline(path).steps:
+            if step.run == "train":
+                assert step.recipe is not None
+                plain = [f"{k}={v}" for k, v in step.options.items() if "${" not in str(v)]
+                load_run(path.parent / step.recipe, plain, methods=method_configs())
+
+
+def test_what_is_written_out_reads_back_equal(tmp_path: Path) -> None:
+    config = run("method.strength=2.5", "train.lr=3e-4", "model.name=m")
+    (tmp_path / "r.yaml").write_text(to_yaml(config))
+    again = load_run(tmp_path / "r.yaml", methods=METHODS)
+    assert again == config
+    assert "weight_decay: 0.05" in to_yaml(config), "defaults are written out"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stepz=3", "Did you mean 'steps'"),
+        ("method.strenght=3", "Did you mean 'strength'"),
+        ("method.vision.image_sise=3", "Did you mean 'image_size'"),
+        ("clustr.workers=3", "Did you mean 'cluster'"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps=0", "train.steps"),
+        ("zero.stage=4", "zero.stage"),
+        ("name='a/b'", "'name'"),
+        ("method.name=toi", "Did you mean 'toy'"),
+        ("data.placement=cached", "isthmus data cache"),
+        ("train.global_batch=5", "does not divide among"),
+    ],
+)
+def test_a_fault_names_its_key_and_the_mend(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(override)
+    assert says in str(refused.value)
+
+
+def test_every_fault_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        run("train.stepz=3", "zero.stage=9", "cluster.workers=-1")
+    assert len(str(refused.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("word", ["train.steps", "=3", " = 3"])
+def test_a_word_that_is_no_override(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"not of the form section\.key=value"):
+        run(word)
+
+
+def test_an_override_into_a_single_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="single value"):
+        run("name.first=x")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("3", 3),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("models:/m@a", "models:/m@a"),
+        ("null", None),
+        ("", ""),
+    ],
+)
+def test_values_of_overrides_are_read_as_people_mean_them(text: str, value: Any) -> None:
+    assert apply_overrides({}, [f"a.b={text}"]) == {"a": {"b": value}}
+
+
+def test_overrides_leave_the_recipe_itself_alone() -> None:
+    recipe: Mapping[str, Any] = {"train": {"steps": 1}}
+    assert apply_overrides(recipe, ["train.steps=2"])["train"]["steps"] == 2
+    assert recipe["train"]["steps"] == 1
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "stage1.yaml").write_text("name: x")
+    with pytest.raises(ConfigError, match=r"Did you mean 'stage1\.yaml'"):
+        read_yaml(tmp_path / "stage11.yaml")
+
+
+def test_broken_yaml_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("name: x\ntrain: {steps: 3\nzero: 2\n")
+    with pytest.raises(ConfigError, match="line 3"):
+        read_yaml(tmp_path / "b.yaml")
+    (tmp_path / "l.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="no mapping"):
+        read_yaml(tmp_path / "l.yaml")
+
+
+def test_configs_are_frozen() -> None:
+    config = load_config(DataConfig, None, values={"train": "d"})
+    with pytest.raises(ValidationError):
+        config.train = "e"  # type: ignore[misc]
+
+
+def test_shipped_recipes_use_no_absolute_path() -> None:
+    for path in RECIPES:
+        assert "=/" not in yaml.safe_dump(read_yaml(path))
+        assert ": /" not in yaml.safe_dump(read_yaml(path))

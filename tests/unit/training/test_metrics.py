@@ -1,0 +1,91 @@
+"""The way of a row from the worker to MLflow: nothing is lost, doubled or waited for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import ConfigError
+from isthmus.training.metrics import Shipper, Spool, read_rows
+
+
+def row(step: int, **metrics: float) -> dict[str, Any]:
+    return {"step": step, "time": 1000.0 + step, "metrics": metrics or {"loss": float(step)}}
+
+
+def test_spool_does_not_repeat_the_steps_of_a_resumed_run(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path / "run" / "metrics.jsonl"))
+    for step in (5, 10, 15):
+        spool.append(row(step))
+    again = Spool(str(tmp_path / "run" / "metrics.jsonl"))
+    for step in (10, 15, 20):
+        again.append(row(step))
+    assert [r["step"] for r in read_rows(spool.path)] == [5, 10, 15, 20]
+    assert [e["step"] for e in again.events()] == [10, 15, 20], "the screen sees every row"
+    assert again.events() == []
+
+
+def test_spool_cuts_what_a_killed_process_left_of_its_last_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(row(5)) + "\n" + json.dumps(row(10))[:17])
+    spool = Spool(str(file))
+    spool.append(row(10))
+    assert [r["step"] for r in read_rows(file)] == [5, 10]
+
+
+def test_the_first_fault_counts_and_ranks_are_counted_once(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path / "metrics.jsonl"))
+    assert spool.failure() is None
+    spool.fail(ConfigError("first"), 1)
+    spool.fail(ConfigError("second"), 0)
+    spool.fail(ConfigError("third"), 0)
+    assert str(spool.failure()) == "first"
+    assert spool.failed_ranks() == 2
+
+
+class Server:
+    """Takes rows, or refuses for a while."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.refusals, self.asked = refusals, threading.Event()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> None:
+        self.asked.set()
+        if self.refusals:
+            self.refusals -= 1
+            raise ConnectionError("server went away\nlong trace")
+        self.rows += rows
+
+
+def ship(folder: Path, server: Server, *rows: dict[str, Any], timeout_s: float = 5.0) -> tuple[Shipper, int]:
+    spool = Spool(str(folder / "metrics.jsonl"))
+    shipper = Shipper(spool.path, folder / "metrics.sent", server, every_s=0.01)
+    shipper.start()
+    for item in rows:
+        spool.append(item)
+    return shipper, shipper.close(timeout_s)
+
+
+def test_all_rows_arrive_once_over_two_processes(tmp_path: Path) -> None:
+    server = Server()
+    assert ship(tmp_path, server, row(1), row(2))[1] == 0
+    assert ship(tmp_path, server, row(3))[1] == 0
+    assert [r["step"] for r in server.rows] == [1, 2, 3]
+
+
+def test_a_server_that_comes_back_gets_everything(tmp_path: Path) -> None:
+    server = Server(refusals=2)
+    assert ship(tmp_path, server, row(1), row(2))[1] == 0
+    assert [r["step"] for r in server.rows] == [1, 2]
+
+
+def test_a_server_that_stays_away_is_reported_and_served_by_the_next_run(tmp_path: Path) -> None:
+    shipper, missing = ship(tmp_path, Server(refusals=10**6), row(1), row(2), timeout_s=0.2)
+    assert missing == 2
+    assert shipper.problem == "ConnectionError: server went away"
+    server = Server()
+    assert ship(tmp_path, server)[1] == 0
+    assert [r["step"] for r in server.rows] == [1, 2]

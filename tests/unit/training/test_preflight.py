@@ -1,0 +1,178 @@
+"""What is found wrong with a run before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_method as tiny
+from isthmus.config import VisionConfig, load_run
+from isthmus.contracts import Base
+from isthmus.data.manifest import Manifest, index
+from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError
+from isthmus.methods import METHODS, MethodSpec
+from isthmus.methods.projector import ProjectorConfig
+from isthmus.testing.shards import make_dataset
+from isthmus.training import preflight
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(METHODS, "tiny", tiny.SPEC)
+    index(str(make_dataset(tmp_path / "data", 12)))
+    return str(tmp_path)
+
+
+def begun(root: str) -> None:
+    """A run that has come to its first checkpoint."""
+    preflight.write_recipe(preflight.check(tiny.recipe(root, "a")))
+    (Path(root) / "runs" / "a" / "checkpoints").mkdir()
+
+
+def test_a_sound_run_gets_a_plan_and_writes_its_recipe(root: str) -> None:
+    plan = preflight.check(tiny.recipe(root, "a"))
+    assert plan.samples == 12
+    assert plan.lineage["data"]["samples"] == 12 and len(plan.lineage["data"]["digest"]) == 64
+    assert plan.lineage["code"]["package"]
+    preflight.write_recipe(plan)
+    stored = load_run(f"{root}/runs/a/recipe.yaml", methods={"tiny": tiny.TinyConfig})
+    assert stored == plan.run
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"train": {"lr": 0.5}}, "train.lr: was 0.01, is 0.5"),
+        ({"train": {"steps": 8}}, "train.steps: was 9, is 8"),
+        ({"method": {"width": 7}}, "method.width: was 6, is 7"),
+        ({"zero": {"stage": 1}}, "zero.stage: was 2, is 1"),
+    ],
+)
+def test_a_run_name_belongs_to_one_recipe(root: str, sections: dict[str, Any], field: str) -> None:
+    begun(root)
+    with pytest.raises(ConfigError, match=field) as caught:
+        preflight.check(tiny.recipe(root, "a", **sections))
+    assert "another name" in caught.value.mend
+
+
+def test_a_run_that_has_not_come_to_a_checkpoint_may_be_mended_and_starts_anew(root: str) -> None:
+    preflight.write_recipe(preflight.check(tiny.recipe(root, "a")))
+    rows = Path(root) / "runs" / "a" / "metrics.jsonl"
+    rows.write_text("{}\n")
+    preflight.check(tiny.recipe(root, "a"))
+    assert rows.exists(), "the same recipe goes on with its own rows"
+    preflight.check(tiny.recipe(root, "a", method={"width": 7}))
+    assert not rows.exists()
+
+
+def test_an_image_encoder_that_does_not_exist_is_found_before_anything_starts(root: str) -> None:
+    method = ProjectorConfig(vision=VisionConfig(name="vit_tinny_patch16_224", weights="random"))
+    with pytest.raises(ConfigError, match="Did you mean 'vit_tiny_patch16_224'"):
+        preflight.check(tiny.recipe(root, "a").model_copy(update={"method": method}))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"steps": 30}},
+        {"train": {"log_every": 1, "checkpoint_every": 9, "keep_checkpoints": 1}},
+        {"cluster": {"max_failures": 0, "workers": 1}},
+        {"model": {"name": "m", "alias": "other"}},
+        {"data": {"prefetch": 9}},
+    ],
+)
+def test_more_steps_and_what_does_not_touch_the_result_may_change(root: str, sections: dict[str, Any]) -> None:
+    first = preflight.check(tiny.recipe(root, "a"))
+    preflight.write_recipe(first)
+    again = preflight.check(tiny.recipe(root, "a", **sections))
+    assert (again.digest == first.digest) == ("steps" not in sections.get("train", {}))
+
+
+def test_other_data_under_the_same_url_is_refused(root: str) -> None:
+    begun(root)
+    make_dataset(Path(root) / "data", 12, start=100)
+    index(f"{root}/data")
+    with pytest.raises(ConfigError, match="data digest: was"):
+        preflight.check(tiny.recipe(root, "a"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind", "words"),
+    [
+        ({"data": {"train": "{root}/nowhere"}}, IsthmusError, "nowhere"),
+        ({"data": {"placement": "cached", "cache": "{root}/no-cache"}}, IsthmusError, "no-cache"),
+        ({"tracking": {"uri": "http://127.0.0.1:9"}}, RegistryError, "No tracking server answers"),
+        ({"parent": "models:/absent@candidate"}, RegistryError, "absent"),
+        ({"storage": "/proc/nothing/here"}, IsthmusError, "/proc/nothing"),
+    ],
+)
+def test_faults_are_named_before_anything_starts(
+    root: str, sections: dict[str, Any], kind: type[IsthmusError], words: str
+) -> None:
+    filled = {
+        key: {k: v.format(root=root) if isinstance(v, str) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in sections.items()
+    }
+    with pytest.raises(kind, match=words):
+        preflight.check(tiny.recipe(root, "a", **filled))
+
+
+def test_an_empty_data_set_is_refused(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Empty:
+        digest = "0"
+
+        def __len__(self) -> int:
+            return 0
+
+    monkeypatch.setattr("isthmus.data.manifest.Manifest.load", lambda url: Empty())
+    with pytest.raises(DataError, match="holds no samples"):
+        preflight.check(tiny.recipe(root, "a"))
+
+
+def test_a_finished_run_is_known_by_its_digest(root: str) -> None:
+    plan = preflight.check(tiny.recipe(root, "a"))
+    assert preflight.finished(plan) is None
+    file = Path(root) / "runs" / "a" / "finished.json"
+    file.write_text('{"digest": "other"}')
+    assert preflight.finished(plan) is None
+    file.write_text(f'{{"digest": "{plan.digest}", "version": "3"}}')
+    assert (preflight.finished(plan) or {})["version"] == "3"
+
+
+class Meta:
+    """The header of a feature cache."""
+
+    def __init__(self, data_digest: str, **vision: Any) -> None:
+        self.manifest_digest, self.encoder_digest = data_digest, "e" * 64
+        self.vision = VisionConfig(**vision).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("vision", "other_data", "words"),
+    [
+        ({}, False, None),
+        ({"image_size": 96}, False, "another encoder than method.vision .image_size: cache 96, recipe None"),
+        ({}, True, "was made of other data"),
+    ],
+)
+def test_a_feature_cache_must_be_of_this_data_and_encoder(
+    root: str, monkeypatch: pytest.MonkeyPatch, vision: dict[str, Any], other_data: bool, words: str | None
+) -> None:
+    digest = "0" * 64 if other_data else Manifest.load(f"{root}/data").digest
+    monkeypatch.setattr("isthmus.data.features.read_meta", lambda url: Meta(digest, **vision))
+    monkeypatch.setitem(METHODS, "seeing", MethodSpec(SeeingConfig, tiny.build))
+    run = tiny.recipe(root, "a", data={"placement": "cached", "cache": f"{root}/cache"})
+    run = run.model_copy(update={"method": SeeingConfig(name="seeing")})
+    if words is None:
+        assert preflight.check(run).cached == (Base("vision", VisionConfig().weights, "e" * 64),)
+    else:
+        with pytest.raises(DataError, match=words):
+            preflight.check(run)
+
+
+class SeeingConfig(tiny.TinyConfig):
+    vision: VisionConfig = VisionConfig()
