@@ -34,6 +34,8 @@ os.environ |= {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Shorter than any proxy needs: our service starts only because it grants its own time.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "0.2",
 }
 
 ATTEMPTS = 4

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROGRAM = """
 import json, psutil
-from isthmus.commands.ray_session import ray_session
+from isthmus.ray_session import ray_session
 
 with ray_session(cpus=10):
     import ray

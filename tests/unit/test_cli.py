@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from isthmus import __version__, cli
-from isthmus.commands import ray_session, recipes, shell
+from isthmus import __version__, cli, ray_session
+from isthmus.commands import recipes, shell
 from isthmus.contracts import ModelVersion
 from isthmus.data.manifest import CheckReport, Problem
 from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from isthmus.commands import recipes
-from isthmus.commands.ray_session import ray_session
 from isthmus.commands.shell import USAGE, show
 from isthmus.errors import ConfigError
+from isthmus.ray_session import ray_session
 
 app = typer.Typer(no_args_is_help=True, help="Bring, index, check and encode image-text data.")
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from isthmus.commands import recipes
-from isthmus.commands.ray_session import ray_session
 from isthmus.commands.shell import show, state
 from isthmus.errors import ConfigError
+from isthmus.ray_session import ray_session
 
 Words = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]", show_default=False)]
 
@@ -25,8 +25,7 @@ def train(words: Words) -> None:
     config = recipes.load_training(words)
     from isthmus.training.driver import fit
 
-    with ray_session(config.cluster.workers * config.cluster.cpus_per_worker):
-        version = fit(config)
+    version = fit(config)
     show(version, title=f"Trained {config.name} for {config.train.steps} steps.")
 
 

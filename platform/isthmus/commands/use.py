@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from isthmus.commands import recipes
-from isthmus.commands.ray_session import ray_session
 from isthmus.commands.shell import show
+from isthmus.ray_session import ray_session
 
 Words = Annotated[list[str], typer.Argument(metavar="[RECIPE] [KEY=VALUE]", show_default=False)]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
-import os
 import re
 import signal
 import socket
@@ -19,10 +17,14 @@ from ray import serve as ray_serve
 
 from isthmus.config import ServeConfig
 from isthmus.errors import IsthmusError
+from isthmus.ray_session import begin, end
 from isthmus.serving.security import is_loopback
 
 APP = "isthmus"
 """Name of the Serve application; another one in the same cluster is left alone."""
+PROXY_PATIENCE_S = "60"
+"""How long Serve's controller lets its HTTP proxy start before it kills it. By itself it gives it five seconds, which
+a process that has torch to import does not always keep on a busy machine."""
 _owned: set[str] = set()
 """What this process started and therefore stops: ``ray``, ``serve``."""
 
@@ -118,7 +120,7 @@ def start(app: Any, config: ServeConfig, host: str, port: int) -> str:
     except BaseException as error:
         reason = _reason()
         shutdown()
-        if isinstance(error, RuntimeError):
+        if isinstance(error, (RuntimeError, TimeoutError, ray.exceptions.RayError)):
             raise IsthmusError(f"The service did not start: {reason or error}", "Mend that and start again.") from error
         raise
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared with, not bound
@@ -127,18 +129,7 @@ def start(app: Any, config: ServeConfig, host: str, port: int) -> str:
 
 def _start_ray(config: ServeConfig) -> None:
     needed = len(config.models) * config.replicas * config.cpus_per_replica
-    if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _node_ip_address="127.0.0.1",  # Ray's own ports run code for whoever reaches them
-            )
+    if begin(needed):
         _owned.add("ray")
     total = ray.cluster_resources().get("CPU", 0)
     if needed > total:
@@ -157,6 +148,7 @@ def _start_serve(config: ServeConfig, host: str, port: int) -> None:
         # The front answers a timeout itself; the proxy's limit only catches a front that hangs.
         http_options={"host": host, "port": port, "request_timeout_s": config.timeout_s * 2 + 10},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
+        controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_PATIENCE_S}}},
     )
     _owned.add("serve")
 
@@ -200,5 +192,5 @@ def shutdown() -> None:
             ray_serve.shutdown()
     _owned.discard("serve")
     if "ray" in _owned:
-        ray.shutdown()
+        end()
         _owned.discard("ray")

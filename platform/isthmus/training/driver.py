@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,8 +17,9 @@ from isthmus import registry, storage
 from isthmus.config import RunConfig, anchored
 from isthmus.contracts import ModelVersion
 from isthmus.errors import IsthmusError, RegistryError
+from isthmus.ray_session import ray_session
 from isthmus.training import preflight
-from isthmus.training.cluster import interruptible, ray_cluster
+from isthmus.training.interrupt import interruptible
 from isthmus.training.metrics import Shipper, Spool, mlflow_sender
 from isthmus.training.preflight import Plan
 from isthmus.training.tracked import Tracked
@@ -48,7 +50,7 @@ def fit(config: RunConfig, *, progress: bool = True) -> ModelVersion:
         return version
     preflight.write_recipe(plan)
     local = _local_folder(plan)
-    with ray_cluster(plan.run):
+    with ray_session(plan.run.cluster.workers * plan.run.cluster.cpus_per_worker):
         tracked = Tracked(plan, local)
         watch = _train(plan, local, tracked, progress)
     return _finish(plan, tracked, watch)
@@ -59,6 +61,7 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Spool)
     spool = actor.options(num_cpus=0, scheduling_strategy=here).remote(str(local / "metrics.jsonl"))

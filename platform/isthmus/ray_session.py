@@ -25,18 +25,27 @@ def ray_session(cpus: float = 0) -> Iterator[None]:
     listens on loopback alone, has no dashboard, and ends with the block.
 
     Args:
-        cpus: logical CPUs that the command will ask for at once.
+        cpus: logical CPUs that the block will ask for at once.
 
     Raises:
         IsthmusError: ``RAY_ADDRESS`` names a cluster that does not answer.
     """
+    started = begin(cpus)
+    try:
+        yield
+    finally:
+        if started:
+            end()
+
+
+def begin(cpus: float = 0) -> bool:
+    """What :func:`ray_session` does at its start: true where :func:`end` should follow, because Ray was not there."""
     joined = joins_cluster()
     _prepare(local=not joined)
     import ray
 
     if ray.is_initialized():
-        yield
-        return
+        return False
     if joined:
         _join()
     else:
@@ -46,13 +55,16 @@ def ray_session(cpus: float = 0) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=bool(os.environ.get(LOGS)),
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
+            _node_ip_address="127.0.0.1",  # Ray's own ports run code for whoever reaches them
         )
-    try:
-        yield
-    finally:
-        if not joined or not _in_job():
-            ray.shutdown()
+    return not _in_job()
+
+
+def end() -> None:
+    """Leave the cluster, and stop it where this process started it."""
+    import ray
+
+    ray.shutdown()
 
 
 def joins_cluster() -> bool:
