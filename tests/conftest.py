@@ -6,9 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from isthmus.testing.s3 import S3Server
 
 # Before torch, ray or transformers are imported anywhere. A user's own settings must not reach the tests.
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "RAY_JOB_ID", "ISTHMUS_API_KEY"):
@@ -90,6 +93,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 raise
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A running SeaweedFS; tests lay ``s3_server.environment`` over their own."""
+    from isthmus.testing import s3
+
+    with s3.s3_server() as server:
+        yield server
 
 
 @pytest.fixture

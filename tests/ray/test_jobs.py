@@ -22,7 +22,13 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+from isthmus import storage
+from isthmus.data.manifest import Manifest
+from isthmus.evaluation.samples import read_bulk_captions
+from isthmus.testing import s3
+from isthmus.testing.s3 import S3Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -62,13 +68,13 @@ class JobCluster:
 
 
 @pytest.fixture(scope="module")
-def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
+def job_cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[JobCluster]:
     folder = tmp_path_factory.mktemp("jobs")
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-    environment |= {
+    environment |= s3_server.environment | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -104,18 +110,38 @@ def _head(log: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.P
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn image-text pairs, indexed, and a tiny text encoder; no network."""
-    from isthmus.data.manifest import index
-    from isthmus.data.sources import fetch
-    from isthmus.testing.backbones import tiny_bert
+@dataclass(frozen=True)
+class Shapes:
+    """Drawn image-text pairs in a bucket, with room beside them for results, and tiny language models on this disk.
 
-    folder = tmp_path_factory.mktemp("shapes")
-    fetch("all", str(folder), synthetic=True, limit=24, heldout=8)
-    index(str(folder / "train"))
-    tiny_bert(folder / "text")
-    return folder
+    Attributes:
+        url: below it ``train``, ``heldout`` and whatever a test writes.
+        folder: holds ``text`` and ``language``, the models, and ``mlflow.db``.
+    """
+
+    url: str
+    folder: Path
+
+    @property
+    def tracking(self) -> str:
+        return f"tracking.uri=sqlite:///{self.folder}/mlflow.db"
+
+    def use(self, model: str, out: str) -> tuple[str, ...]:
+        """Words for a command that uses a model on the training images."""
+        return (f"model={model}", f"data={self.url}/train", f"out={self.url}/{out}", self.tracking, "--json")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Shapes:
+    from isthmus.data.sources import fetch
+    from isthmus.testing.backbones import tiny_bert, tiny_lm
+
+    found = Shapes(s3_server.url("shapes"), tmp_path_factory.mktemp("shapes"))
+    with s3.environment(s3_server.environment):
+        fetch("all", found.url, synthetic=True, limit=24, heldout=8)
+    tiny_bert(found.folder / "text")
+    tiny_lm(found.folder / "language")
+    return found
 
 
 def test_a_job_without_the_token_is_refused(job_cluster: JobCluster) -> None:
@@ -127,28 +153,34 @@ def test_a_job_without_the_token_is_refused(job_cluster: JobCluster) -> None:
     assert answer.value.code in (401, 403)
 
 
-def test_train_and_caption_as_jobs(job_cluster: JobCluster, shapes: Path) -> None:
-    done = job_cluster.answer("jobs/train.py", "pipelines/demo/stage1.yaml", *_small_stage1(shapes))
-    assert done["uri"] == "models:/from-a-job@candidate"
-    assert Path(done["path"], "model.safetensors").is_file()
-    lake = job_cluster.answer("jobs/caption.py", *_of(shapes), f"model={done['uri']}", "max_new_tokens=4")
+def test_from_a_bucket_to_captions_in_it_by_jobs(job_cluster: JobCluster, shapes: Shapes, s3_server: S3Server) -> None:
+    listed = job_cluster.answer("jobs/data.py", "index", f"{shapes.url}/train", "--json")
+    assert (listed["samples"], listed["problems"]) == (16, [])
+    first = job_cluster.answer("jobs/train.py", "pipelines/demo/stage1.yaml", *_small_stage1(shapes))
+    assert first["uri"] == "models:/one@candidate"
+    second = job_cluster.answer("jobs/train.py", "pipelines/demo/stage2.yaml", *_small_stage2(shapes, first["uri"]))
+    lake = job_cluster.answer("jobs/caption.py", *shapes.use(second["uri"], "captions"), "max_new_tokens=4")
     assert (lake["expected"], lake["captioned"], lake["quarantined"]) == (16, 16, 0)
+    with s3.environment(s3_server.environment):
+        assert storage.exists(f"{shapes.url}/runs/one/artefact/model.safetensors")
+        manifest = Manifest.load(f"{shapes.url}/train")
+        assert set(read_bulk_captions(f"{shapes.url}/captions", manifest).captions) == set(
+            manifest.table["id"].to_pylist()
+        )
 
 
 @pytest.mark.slow
-def test_index_evaluate_and_embed_as_jobs(job_cluster: JobCluster, shapes: Path) -> None:
-    done = job_cluster.answer("jobs/data.py", "index", str(shapes / "train"), "--json")
-    assert (done["samples"], done["problems"]) == (16, [])
-    model = f"model={shapes / 'runs' / 'job' / 'artefact'}"
-    figures = job_cluster.answer("jobs/evaluate.py", *_of(shapes), model)
+def test_evaluate_and_embed_as_jobs(job_cluster: JobCluster, shapes: Shapes) -> None:
+    first = job_cluster.answer("jobs/train.py", "pipelines/demo/stage1.yaml", *_small_stage1(shapes))
+    figures = job_cluster.answer("jobs/evaluate.py", *shapes.use(first["uri"], "figures"))
     assert figures["samples"] == 16 and 0 <= figures["tr_at_5"] <= 1
-    vectors = job_cluster.answer("jobs/embed.py", *_of(shapes), model)
+    vectors = job_cluster.answer("jobs/embed.py", *shapes.use(first["uri"], "vectors"))
     assert (vectors["expected"], vectors["images"], vectors["quarantined"]) == (16, 16, 0)
 
 
 @pytest.mark.slow
-def test_results_may_not_go_where_the_job_s_files_are(job_cluster: JobCluster, shapes: Path) -> None:
-    failed = job_cluster.submit("jobs/train.py", "pipelines/demo/projector.yaml", f"data.train={shapes / 'train'}")
+def test_results_may_not_go_where_the_job_s_files_are(job_cluster: JobCluster, shapes: Shapes) -> None:
+    failed = job_cluster.submit("jobs/train.py", "pipelines/demo/projector.yaml", f"data.train={shapes.url}/train")
     assert failed.returncode != 0
     assert "'storage' is the relative path runs, which in a submitted job is a folder that Ray deletes" in failed.stdout
 
@@ -159,24 +191,26 @@ def test_a_job_that_fails_says_so_to_its_submitter(job_cluster: JobCluster) -> N
     assert "There is no recipe at pipelines/demo/stage1.yml. Did you mean 'stage1.yaml'?" in failed.stdout
 
 
-def _tracking(shapes: Path) -> str:
-    return f"tracking.uri=sqlite:///{shapes}/runs/mlflow.db"
-
-
-def _of(shapes: Path) -> tuple[str, ...]:
-    return (f"data={shapes / 'train'}", f"out={tempfile.mkdtemp(dir=shapes)}", _tracking(shapes), "--json")
-
-
-def _small_stage1(shapes: Path) -> tuple[str, ...]:
-    """Overrides that make a run of three steps of the shipped recipe."""
+def _run(shapes: Shapes, name: str) -> tuple[str, ...]:
     return (
-        "--json", "name=job", f"storage={shapes / 'runs'}", _tracking(shapes), "model.name=from-a-job",
-        "method.vision.name=vit_tiny_patch16_224", "method.vision.weights=random", "method.vision.image_size=32",
-        f"method.text.weights={shapes / 'text'}", "method.qformer.init=null", "method.qformer.layers=1",
-        "method.qformer.width=16", "method.qformer.heads=2", "method.qformer.feed_forward=32",
-        f"data.train={shapes / 'train'}", "data.placement=inline", "data.cache=null",
+        "--json", f"name={name}", f"model.name={name}", f"storage={shapes.url}/runs", shapes.tracking,
+        f"data.train={shapes.url}/train", "data.placement=inline", "data.cache=null",
         "train.steps=3", "train.global_batch=8", "train.warmup_steps=1", "cluster.workers=2",
     )  # fmt: skip
+
+
+def _small_stage1(shapes: Shapes) -> tuple[str, ...]:
+    """Overrides that make a run of three steps of the shipped recipe."""
+    return (
+        *_run(shapes, "one"),
+        "method.vision.name=vit_tiny_patch16_224", "method.vision.weights=random", "method.vision.image_size=32",
+        f"method.text.weights={shapes.folder / 'text'}", "method.qformer.init=null", "method.qformer.layers=1",
+        "method.qformer.width=16", "method.qformer.heads=2", "method.qformer.feed_forward=32",
+    )  # fmt: skip
+
+
+def _small_stage2(shapes: Shapes, parent: str) -> tuple[str, ...]:
+    return (*_run(shapes, "two"), f"parent={parent}", f"method.language.weights={shapes.folder / 'language'}")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -18,7 +18,7 @@ import pytest
 from isthmus import __version__, cli, ray_session
 from isthmus.commands import recipes, shell
 from isthmus.contracts import ModelVersion
-from isthmus.data.manifest import CheckReport, Problem
+from isthmus.data.manifest import CheckReport, IndexReport, Problem
 from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +145,16 @@ def test_data_check_fails_where_something_is_wrong(run: Callable[..., Ran], fake
     ran = run("data", "check", "lake")
     assert ran.code == code
     assert ("2 problems found" in ran.out) == bool(faults)
+
+
+@pytest.mark.parametrize(("faults", "more", "code"), [(0, (), 0), (1, (), 2), (1, ("--skip-faulty",), 0)])
+def test_data_index_says_with_its_status_that_something_is_left_out(
+    run: Callable[..., Ran], fake: Any, faults: int, more: tuple[str, ...], code: int
+) -> None:
+    fake("isthmus.data.manifest", "index", IndexReport(8, 1, (Problem("a.tar", 512, "k", "is cut short"),) * faults))
+    ran = run("data", "index", "lake", *more)
+    assert ran.code == code
+    assert ("1 problem left out; the rest is indexed" in ran.out) == bool(faults)
 
 
 @pytest.mark.parametrize(

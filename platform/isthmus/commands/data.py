@@ -49,8 +49,13 @@ def index(
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Keep images without a caption too: a lake that is to be captioned.")
     ] = False,
+    skip_faulty: Annotated[
+        bool, typer.Option("--skip-faulty", help="Exit with 0 also when something had to be left out.")
+    ] = False,
 ) -> None:
     """List every sample's shard, offset and id, so that training can read by byte range.
+
+    What cannot be used is left out and listed; the exit status is then 2, although the rest is indexed.
 
     Examples:
       $ isthmus data index data/demo/train
@@ -60,7 +65,9 @@ def index(
 
     with ray_session():
         report = work(url, out, captions="optional" if images_only else "required")
-    show(report, title=_count_problems(report.problems, "left out; the rest is indexed"))
+    show(report, title=_count_problems(report.problems, "left out; the rest is indexed (--skip-faulty accepts that)"))
+    if report.problems and not skip_faulty:
+        raise typer.Exit(USAGE)
 
 
 @app.command()

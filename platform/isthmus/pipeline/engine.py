@@ -1,8 +1,8 @@
 """Runs the steps of a pipeline file in order and skips what is already done.
 
 A step's record (``<out>/steps/<id>.json``) holds the digest of everything the step was asked and of the records before
-it. A step whose record carries the same digest is not run again, so that an interrupted pipeline goes on where it
-was; every step is itself resumable, so that also half a step is not lost.
+it. A step whose record carries the same digest and whose output is still there is not run again, so that an
+interrupted pipeline goes on where it was; every step is itself resumable, so that also half a step is not lost.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from isthmus import storage
 from isthmus.config import Config, load_config, read_yaml
 from isthmus.errors import ConfigError, nearest
 from isthmus.pipeline.console import announce, finished, reused
 from isthmus.pipeline.steps import STEPS, StepContext
 
+OUTPUTS = ("out", "url", "run", "html", "json")
+"""Fields of a step's result that say where its output is."""
 _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
 
 
@@ -72,8 +75,19 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """
     values = _extended(Path(path))
     pipeline = load_config(Pipeline, path, values=values)
-    named = [f"params.{o}" if o.partition("=")[0] in pipeline.params else o for o in overrides]
-    return load_config(Pipeline, path, named, values=values)
+    return load_config(Pipeline, path, [_named(o, pipeline) for o in overrides], values=values)
+
+
+def _named(override: str, pipeline: Pipeline) -> str:
+    """The override with ``params.`` before the name of a parameter."""
+    key = override.partition("=")[0]
+    known = {*pipeline.params, *Pipeline.model_fields}
+    if key.isidentifier() and key not in known:
+        raise ConfigError(
+            f"The pipeline has no parameter '{key}'.{nearest(key, known)}",
+            f"Its parameters are: {', '.join(sorted(pipeline.params)) or 'none'}.",
+        )
+    return f"params.{override}" if key in pipeline.params else override
 
 
 def _extended(path: Path) -> dict[str, Any]:
@@ -172,7 +186,13 @@ def _read_record(record: Path, digest: str) -> dict[str, Any] | None:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found if found.get("digest") == digest else None
+    return found if found.get("digest") == digest and _still_there(found["result"]) else None
+
+
+def _still_there(result: Mapping[str, Any]) -> bool:
+    """Whether everything that the step wrote is where it says; somebody may have emptied ``data/`` since."""
+    places = [str(result[name]) for name in OUTPUTS if result.get(name)]
+    return all(storage.exists(place) for place in places if not place.startswith(("http://", "https://")))
 
 
 def _write_atomically(path: Path, value: Any) -> None:

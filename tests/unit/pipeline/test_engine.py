@@ -14,12 +14,14 @@ from isthmus.pipeline.engine import load_pipeline, run_pipeline, substitute
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Two step kinds that record what they were asked; ``fail`` raises while its list is non-empty."""
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Two step kinds that record what they were asked and leave a file."""
     seen: list[dict] = []
+    monkeypatch.chdir(tmp_path)
 
     def work(_, options):
         seen.append(dict(options))
+        Path(f"made-{options.get('n')}").touch()
         return {"value": len(seen), "url": f"made-{options.get('n')}"}
 
     monkeypatch.setitem(engine.STEPS, "fetch", work)
@@ -50,6 +52,21 @@ def test_a_finished_step_is_not_run_again(tmp_path, calls):
     again = run_pipeline(path)
     assert len(calls) == 2
     assert again["first"]["value"] == first["first"]["value"]
+
+
+def test_a_step_whose_output_was_taken_away_is_run_again(tmp_path, calls):
+    path = pipeline_file(tmp_path)
+    run_pipeline(path)
+    Path("made-7").unlink()
+    run_pipeline(path)
+    assert [c["n"] for c in calls] == [7, 2, 7]
+
+
+def test_a_mistyped_parameter_is_named_with_its_neighbour(tmp_path, calls):
+    with pytest.raises(ConfigError, match=r"no parameter 'sede'\. Did you mean 'seed'"):
+        run_pipeline(pipeline_file(tmp_path), ["sede=1"])
+    assert calls == []
+    assert load_pipeline(pipeline_file(tmp_path), ["out=elsewhere"]).out == "elsewhere"
 
 
 def test_a_changed_parameter_reruns_the_steps_that_follow_from_it(tmp_path, calls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from isthmus.pipeline.report import write_report
 from isthmus.pipeline.steps import ReportOptions
 from isthmus.testing.shards import make_dataset
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 KEYS = [f"s{n:05d}" for n in range(12)]
 CHANCE = {f"{way}_at_{k}_chance": k / 600 for way in ("tr", "ir") for k in (1, 5, 10)}
 
@@ -93,6 +95,30 @@ def test_the_page_shows_curves_pictures_and_versions_and_loads_nothing(tmp_path:
     assert "<b>caption</b>" not in page
     assert 'src="http' not in page and not re.search(r"url\((?!#)", page)
     assert "http://127.0.0.1:5000/#/models/demo-stage1/versions/3" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_every_picture_without_asking_anybody(tmp_path: Path, data: str, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    write_report(tmp_path, results(tmp_path), options(data))
+    complaints: list[str] = []
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+        page.goto((tmp_path / "report.html").as_uri())
+        drawn = page.eval_on_selector_all("img, svg", "all => all.map(one => one.getBoundingClientRect().width)")
+        decoded = page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
+        overhang = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        browser.close()
+    assert min(drawn) > 20 and min(decoded) > 0 and len(decoded) >= 12 + 6 * 5 + 1
+    assert overhang <= 0, "the page scrolls sideways"
+    assert complaints == [] and set(asked) <= {"file", "data"}
 
 
 @pytest.mark.parametrize(
