@@ -106,6 +106,7 @@ def _prepare(*, local: bool) -> None:
         # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, for a cluster to come. This
         # switch, made for systems that only run single nodes, is what keeps all of its ports on loopback.
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        settings["RAY_AUTH_MODE"] = "token"  # Ray's own default, which it announces on every start unless asked for
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # no cloud takes this machine away
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_method as tiny
-from isthmus.config import RunConfig
+from isthmus.config import RunConfig, TextConfig
 from isthmus.data.manifest import Manifest, index
+from isthmus.methods import METHODS
+from isthmus.methods.projector import ProjectorConfig
+from isthmus.testing.backbones import tiny_bert, tiny_cnn_config
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 
@@ -35,12 +38,20 @@ def recipe(root: str, name: str, *, stage: int = 2, **method: Any) -> RunConfig:
     return tiny.recipe(root, name, method=method, zero={"stage": stage})
 
 
+def convolutional(root: str, stage: int) -> RunConfig:
+    """Projectors on a real CNN whose features are computed while training, as without a cache."""
+    method = ProjectorConfig(vision=tiny_cnn_config(), text=TextConfig(weights=f"{root}/text"))
+    train = {"steps": 2, "checkpoint_every": 2, "log_every": 1}
+    return tiny.recipe(root, f"cnn{stage}", train=train, zero={"stage": stage}).model_copy(update={"method": method})
+
+
 def run_one(config: RunConfig) -> dict[str, Any]:
     """One worker's life; what it said, and how it ended."""
     from isthmus.training.worker import Job, Worker
 
     samples = len(Manifest.load(config.data.train))
-    worker = Worker(Job(config, tiny.SPEC, samples, None, {"data": {}}, None), torch.device("cpu"), out := Kept())
+    spec = tiny.SPEC if isinstance(config.method, tiny.TinyConfig) else METHODS[config.method.name]
+    worker = Worker(Job(config, spec, samples, None, {"data": {}}, None), torch.device("cpu"), out := Kept())
     fault = None
     try:
         worker.train()
@@ -56,6 +67,7 @@ def scenarios(root: str) -> dict[str, Any]:
     broken = recipe(root, "broken", break_at=7)
     out["broken"], out["mended"] = run_one(broken), run_one(broken)
     out["again"] = run_one(recipe(root, "zero2"))
+    out |= {f"cnn{stage}": run_one(convolutional(root, stage)) for stage in (2, 3)}
     out["nan"] = run_one(recipe(root, "nan", nan_at=4))
     return out
 
@@ -64,6 +76,7 @@ def scenarios(root: str) -> dict[str, Any]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     root = tmp_path_factory.mktemp("worker")
     index(str(make_dataset(root / "data", 20)))
+    tiny_bert(root / "text")
     return root, run_ranks(scenarios, 2, str(root), timeout_s=240)
 
 
@@ -84,6 +97,13 @@ def test_zero_stages_train_the_same_model(made) -> None:
         for name, value in weights(root, f"zero{stage}").items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(losses(first[f"zero{stage}"]), losses(first["zero0"]), rtol=0, atol=2e-6)
+
+
+def test_an_encoder_of_convolutions_may_run_in_the_workers(made) -> None:
+    _, (first, _) = made
+    assert (first["cnn2"]["fault"], first["cnn3"]["fault"]) == (None, None)
+    assert sorted(losses(first["cnn2"])) == [1, 2]
+    torch.testing.assert_close(losses(first["cnn3"]), losses(first["cnn2"]), rtol=0, atol=2e-5)
 
 
 def test_only_the_declared_parts_move(made) -> None:

@@ -65,7 +65,7 @@ class VisionEncoder(nn.Module):
         self.model = fold_batchnorm(model, encode, spec.image_size) if fold else model
         # Convolutions run about twice as fast on interleaved channels; a ViT has one and does not care.
         self._layout = torch.channels_last if _is_map(self.model) else torch.contiguous_format
-        self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._laid_out = False
         self._encode = encode
 
     def train(self, mode: bool = True) -> VisionEncoder:
@@ -76,6 +76,9 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Image tokens [B, N, D]: class and register tokens first, then patches or map cells row by row."""
+        if not self._laid_out:  # not before: DeepSpeed sends parameters as bytes, which takes them as they were made
+            self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
+            self._laid_out = True
         return self._encode(self.model, pixels_BCHW.contiguous(memory_format=self._layout))
 
 

@@ -12,6 +12,7 @@ from isthmus import storage
 from isthmus.config import RunConfig, VisionConfig, load_run, to_yaml
 from isthmus.contracts import Base, ModelVersion
 from isthmus.errors import ConfigError, DataError, nearest
+from isthmus.ray_session import joins_cluster
 from isthmus.registry import check_tracking, manifest, resolve, tracking_uri
 
 RECIPE, FINISHED = "recipe.yaml", "finished.json"
@@ -52,8 +53,9 @@ def check(run: RunConfig) -> Plan:
     """Check ``run`` against the outside world, cheapest first, and fill in what it inherits.
 
     Raises:
-        ConfigError: no such method or image encoder, or a field that a run of this name may not change.
+        ConfigError: no such method, image encoder or packaged weights; a field that a run of this name may not change.
         StorageError: the run folder cannot be written.
+        WeightsError: a path to weights that does not exist.
         DataError: no manifest or cache, or the data of this run name has changed.
         RegistryError: the tracking server is away, or the parent is not in the registry.
     """
@@ -71,6 +73,7 @@ def check(run: RunConfig) -> Plan:
     check_tracking(uri)
     parent = resolve(run.parent, run.tracking) if run.parent else None
     spec = METHODS[run.method.name]
+    _check_weights(run)
     _check_vision(run)
     resolved = run.model_copy(update={"method": spec.resolve(run.method, _parent_recipe(parent))})
     lineage = manifest.lineage(resolved, data_digest=digest, samples=samples, parent=parent)
@@ -118,6 +121,23 @@ def _check_vision(run: RunConfig) -> None:
         from isthmus.models.vision import describe_vision
 
         describe_vision(vision)
+
+
+def _check_weights(run: RunConfig) -> None:
+    """Catalogue names and local paths of every model that the recipe names.
+
+    On a cluster a path is the workers' own affair: the machine that submits need not have it.
+    """
+    from isthmus.models import weights
+
+    for field in type(run.method).model_fields:
+        named = getattr(getattr(run.method, field), "weights", None)
+        if not isinstance(named, str) or named in ("random", "timm") or named.startswith("hf:"):
+            continue
+        if named.startswith("pkg:"):
+            weights.package(named)
+        elif not joins_cluster():
+            weights.resolve(named)
 
 
 def _data_facts(run: RunConfig) -> tuple[int, str]:

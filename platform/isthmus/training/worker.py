@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import tempfile
 import time
@@ -24,9 +25,8 @@ from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
 from isthmus.training.zero import build_engine, gather_trainable, resolve_precision, run_forward, set_learning_rate
 
-_TRANSIENT = (RuntimeError, OSError, TimeoutError)
-"""What a dead or unreachable peer looks like from here; a restart of the group may mend it. Anything else is a fault
-that the restart would meet again."""
+_PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store|cuda error", re.IGNORECASE)
+"""What torch, gloo and NCCL write into the plain RuntimeError by which one hears of a dead peer or a lost device."""
 
 
 class TrainingError(IsthmusError):
@@ -111,10 +111,18 @@ def _as_fatal(error: Exception) -> IsthmusError | None:
         return TrainingError(
             f"A worker ran out of device memory: {str(error).splitlines()[0]}", "Lower train.global_batch."
         )
-    if isinstance(error, _TRANSIENT) and not isinstance(error, NotImplementedError):
+    if _is_transient(error):
         return None
     trace = "".join(traceback.format_exception(error))
     return TrainingError(f"A worker failed with {type(error).__name__}: {error}\n{trace}")
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether it may be a dead or unreachable peer, so that a restart of the group may mend it. Anything else is a
+    fault that the restart would meet again."""
+    if isinstance(error, (OSError, TimeoutError, torch.distributed.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
 
 
 @dataclass

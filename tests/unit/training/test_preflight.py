@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import tiny_method as tiny
-from isthmus.config import VisionConfig, load_run
+from isthmus.config import TextConfig, VisionConfig, load_run
 from isthmus.contracts import Base
 from isthmus.data.manifest import Manifest, index
-from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError
+from isthmus.errors import ConfigError, DataError, IsthmusError, RegistryError, WeightsError
 from isthmus.methods import METHODS, MethodSpec
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.shards import make_dataset
@@ -71,6 +71,21 @@ def test_an_image_encoder_that_does_not_exist_is_found_before_anything_starts(ro
     method = ProjectorConfig(vision=VisionConfig(name="vit_tinny_patch16_224", weights="random"))
     with pytest.raises(ConfigError, match="Did you mean 'vit_tiny_patch16_224'"):
         preflight.check(tiny.recipe(root, "a").model_copy(update={"method": method}))
+
+
+def test_weights_that_are_not_there_are_found_before_anything_starts(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ProjectorConfig(vision=VisionConfig(name="vit_tiny_patch16_224", weights=f"{root}/none.safetensors"))
+    run = tiny.recipe(root, "a").model_copy(update={"method": method})
+    with pytest.raises(WeightsError, match=r"no file or folder '.*none\.safetensors'"):
+        preflight.check(run)
+    with pytest.raises(ConfigError, match="Did you mean 'efficientnet-lite0'"):
+        preflight.check(
+            run.model_copy(update={"method": ProjectorConfig(text=TextConfig(weights="pkg:eficientnet-lite0"))})
+        )
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.8.7:6379")
+    preflight.check(run)  # there the path is the workers' own affair
 
 
 @pytest.mark.parametrize(
