@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	fi
 	@touch $@
 
-demo: setup ## the whole thread on real images, about ten minutes on two cores
+demo: setup ## the whole thread on real images, about eight minutes on two cores
 	$(BIN)/isthmus demo
 
 demo-long: setup ## the same with longer training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 raise
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster_beside(request: pytest.FixtureRequest) -> None:
+    """Ends the session's cluster once its tests, which come first, are through: the code under test would use it."""
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized() and request.node.get_closest_marker("ray") is None:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
