@@ -48,6 +48,7 @@ class Batch:
         labels_BT: int64 targets, -100 where no loss is taken.
         prefix_ids_BT, prefix_mask_BT: encoder-side prefix of prefix language modelling.
         texts: the captions as chosen for this epoch, for logging and checks.
+        cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
     """
 
     sample_ids_B: Tensor
@@ -62,6 +63,7 @@ class Batch:
     prefix_ids_BT: Tensor | None = None
     prefix_mask_BT: Tensor | None = None
     texts: tuple[str, ...] = ()
+    cut_B: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on ``device``; the rest unchanged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ def choose_caption(sample: Sample, seed: int, epoch: int) -> str:
         return ""
     u = float(uniform(seed, epoch, sample.id, CAPTION_DRAW))
     return clean_caption(sample.captions[int(u * len(sample.captions))])
+
+
+def cut_captions(texts: Sequence[str], limit: int, tokens: Callable[[str], Sequence[int]]) -> Tensor:
+    """bool [B]: captions of more than ``limit`` tokens, special ones included. No token is shorter than a letter, so
+    most captions need not be counted."""
+    special = len(tokens(""))
+    return torch.tensor([len(text) > limit - special and len(tokens(text)) > limit for text in texts])
 
 
 def stack(samples: Sequence[Sample], step: int, epoch: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.language import IGNORED, language_reference, next_token_loss
 from isthmus.losses.matching import Match, matching, matching_reference, mine_negatives
-from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.batching import choose_caption, cut_captions, stack
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
 from isthmus.models.attention import ImageMemory, ImageTokens
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
@@ -314,7 +314,8 @@ class CollateStage1:
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
         ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.max_length)
-        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, texts=texts)
+        cut_B = cut_captions(texts, self.max_length, lambda text: self.tokenizer(text, verbose=False)["input_ids"])
+        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, texts=texts, cut_B=cut_B)
 
 
 def references(config: Blip2Stage1Config, vocab: int, global_batch: int) -> Mapping[str, Reference]:

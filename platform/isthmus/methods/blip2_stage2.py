@@ -19,7 +19,7 @@ from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, S
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
-from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.batching import choose_caption, cut_captions, stack
 from isthmus.methods.blip2_stage1 import check_heads
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
 from isthmus.models.language import IGNORED, LanguageModel, build_language
@@ -206,7 +206,9 @@ class CollateStage2:
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
         ids_BT, mask_BT, labels_BT = self.language.caption_tokens(texts)
-        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, texts=texts)
+        cut_B = cut_captions(texts, self.language.config.max_length, self.language.caption_ids)
+        members = stack(samples, step, epoch)
+        return Batch(**members, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, texts=texts, cut_B=cut_B)
 
 
 def references(vocab: int, global_batch: int) -> Mapping[str, Reference]:  # noqa: ARG001 - the signature of Stage

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from isthmus.config import MethodConfig, TextConfig, VisionConfig
 from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
-from isthmus.methods.batching import choose_caption, stack
+from isthmus.methods.batching import choose_caption, cut_captions, stack
 from isthmus.methods.parts import SeeingModule, seeded
 from isthmus.models.projector import ImageProjector, TextProjector
 from isthmus.models.text import SentenceEncoder, build_sentence_encoder
@@ -166,11 +166,13 @@ class Projector(SeeingModule):
 class CollateTexts:
     """Samples -> Batch with the chosen captions as text. Picklable."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
+        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
-        return Batch(**stack(samples, step, epoch), texts=tuple(choose_caption(s, self.seed, epoch) for s in samples))
+        texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
+        cut_B = cut_captions(texts, self.max_length, lambda text: self.tokenizer(text, verbose=False)["input_ids"])
+        return Batch(**stack(samples, step, epoch), texts=texts, cut_B=cut_B)
 
 
 def references(smoothing: float, global_batch: int) -> Mapping[str, Reference]:
@@ -191,7 +193,7 @@ def build(config: ProjectorConfig, context: BuildContext) -> Stage:
         module = Projector(config, vision, spec.width, text, context.comm)
     return Stage(
         module=module,
-        collate=CollateTexts(context.seed),
+        collate=CollateTexts(text.tokenizer, config.text.max_length, context.seed),
         transform=spec.transform,
         augment=spec.transform.augment,
         references=partial(references, config.label_smoothing),

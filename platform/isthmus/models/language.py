@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         """
         prompt = (self.config.prompt if prompt is None else prompt).strip()
         head = self._prompt_ids(prompt)
-        rows = [self._caption_ids(text, prompt)[: self.config.max_length] for text in texts]
+        rows = [self.caption_ids(text, prompt)[: self.config.max_length] for text in texts]
         longest = len(head) + max((len(row) for row in rows), default=0)
         ids_BT = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
         mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORED)
@@ -234,11 +234,12 @@ class LanguageModel(nn.Module):
     def _prompt_ids(self, prompt: str) -> list[int]:
         return ([] if self.bos_id is None else [self.bos_id]) + self._plain_ids(prompt)
 
-    def _caption_ids(self, text: str, prompt: str) -> list[int]:
-        """Tokens of the caption as they follow the prompt, then the end token.
+    def caption_ids(self, text: str, prompt: str | None = None) -> list[int]:
+        """Tokens of the caption as they follow the prompt (the recipe's own when None), then the end token; uncut.
 
         Tokenised together with the prompt, because the space before a word is part of its token.
         """
+        prompt = (self.config.prompt if prompt is None else prompt).strip()
         text = text.strip()
         head, whole = self._plain_ids(prompt), self._plain_ids(f"{prompt} {text}" if prompt else text)
         fits = whole[: len(head)] == head

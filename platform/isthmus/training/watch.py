@@ -45,6 +45,7 @@ class Watch:
         self._over.set()
         self._thread.join(10.0)
         self._stack.close()
+        self._tell_of_cut_captions()
 
     def references(self) -> dict[str, float]:
         """``loss_itc.chance`` and ``loss_itc.floor`` of every loss part."""
@@ -87,6 +88,14 @@ class Watch:
             # A bar of its own, so that neither starting nor the steps of an earlier try distort the time left.
             self._step = event["step"]
             self._open(f"train {self.run.name}", self.run.train.steps - self._step, "steps")
+
+    def _tell_of_cut_captions(self) -> None:
+        share = self.facts.get("row", {}).get("metrics", {}).get("captions_cut", 0.0)
+        if share and self.shown:
+            self.say(
+                f"{share:.1%} of the captions were longer than the recipe's max_length and lost their end. If that "
+                "matters, raise it (method.text.max_length or method.language.max_length)."
+            )
 
     def _open(self, label: str, total: int, unit: str) -> None:
         self._stack.close()

@@ -180,7 +180,7 @@ class Worker:
     def __init__(self, job: Job, device: torch.device, out: Out) -> None:
         self.job, self.run, self.train_config = job, job.run, job.run.train
         self.device, self.out, self.comm = device, out, TorchComm()
-        self.failed = 0
+        self.failed = self.cut = self.seen = 0
         self.first = self.comm.rank == 0
         self._note("start", pid=os.getpid(), rank=self.comm.rank, host=socket.gethostname())
 
@@ -322,13 +322,15 @@ class Worker:
         window.images += int(batch.valid_B.sum())
         window.tokens += int(batch.mask_BT.sum()) if batch.mask_BT is not None else 0
         window.waited_s += waited_s
+        self.seen += int(batch.valid_B.sum())
+        if batch.cut_B is not None:
+            self.cut += int((batch.cut_B & batch.valid_B).sum())
 
     def _log(self, done: int, epoch: int, rate: float) -> None:
         window, self.window = self.window, _Window()
-        counts = torch.tensor(
-            [window.images, window.tokens, window.waited_s, self.failed], dtype=torch.float64, device=self.device
-        )
-        images, tokens, waited, failed = self.comm.sum(counts).tolist()
+        sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen]
+        counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        images, tokens, waited, failed, cut, seen = self.comm.sum(counts).tolist()
         if not self.first:
             return
         seconds = max(time.perf_counter() - window.started, 1e-9)
@@ -339,6 +341,7 @@ class Worker:
             "tokens_per_s": tokens / seconds,
             "data_wait_share": waited / self.comm.world_size / seconds,
             "unreadable": failed,
+            "captions_cut": cut / max(seen, 1),
         }
         self.out.append({"step": done, "time": time.time(), "metrics": values})
 

@@ -150,3 +150,14 @@ def test_who_can_do_what(folder: Path) -> None:
         "blip2_stage2": ["Captions", "Sees"],
         "projector": ["Embeds", "Sees"],
     }
+
+
+@EVERY
+def test_captions_over_the_limit_are_counted(folder: Path, method: str) -> None:
+    stage = build(recipe(method, folder))
+    rows = samples(stage, 3)
+    rows[0] = replace(rows[0], captions=("a red cat " * 40,))
+    rows[1] = replace(rows[1], captions=("a cat",))
+    limit = 16  # of the small language models
+    rows[2] = replace(rows[2], captions=(" ".join(["cat"] * (limit - 2)),))
+    assert stage.collate(rows, 0, 0).cut_B.tolist() == [True, False, False]

@@ -42,6 +42,17 @@ def test_a_resumed_run_counts_only_its_own_steps(tmp_path: Path, capsys: pytest.
     assert "resumes at step 6" in capsys.readouterr().err
 
 
+def test_captions_that_lost_their_end_are_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    last = row(9, 0.1)
+    last["metrics"]["captions_cut"] = 0.031
+    watch, _ = follow(tmp_path, {"kind": "stepping", "step": 0}, row(1, 0.5), last)
+    watch._tell_of_cut_captions()
+    assert "3.1% of the captions were longer than the recipe's max_length" in capsys.readouterr().err
+    watch, _ = follow(tmp_path, row(9, 0.1))
+    watch._tell_of_cut_captions()
+    assert "captions" not in capsys.readouterr().err
+
+
 def test_unreadable_samples_are_written_down(tmp_path: Path) -> None:
     follow(tmp_path, {"kind": "unreadable", "id": 5, "key": "k", "reason": "cut short"}, shown=False)
     [line] = (tmp_path / "quarantine.jsonl").read_text().splitlines()
