@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,9 @@ from isthmus.errors import IsthmusError
 LOGS = "ISTHMUS_RAY_LOGS"
 """Set to anything, it shows what workers print; without it their logs are in Ray's session folder alone."""
 
+MANY_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ATTEMPTS = 3
+KNOCK_S = 10.0
 LOGICAL_CPUS = 8
 """At least this many slots: two trainers, the readers and a controller together need more than a small machine has
 cores, and with as many slots as cores they wait for one another for ever."""
@@ -49,14 +54,7 @@ def begin(cpus: float = 0) -> bool:
     if joined:
         _join()
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1, int(cpus + 4)),
-            include_dashboard=False,
-            log_to_driver=bool(os.environ.get(LOGS)),
-            logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",  # Ray's own ports run code for whoever reaches them
-        )
+        _start(max(LOGICAL_CPUS, os.cpu_count() or 1, int(cpus + 4)))
     return not _in_job()
 
 
@@ -76,16 +74,54 @@ def _in_job() -> bool:
     return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
+def _start(cpus: int) -> None:
+    """A cluster of this machine's own. Ray gives up when one of its parts gets no CPU for a while, so it may take more
+    than one attempt on a busy machine."""
+    import ray
+    from ray._private import ray_constants
+
+    # Read from the environment when Ray is imported, which whoever calls this may have done before _prepare could act.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(MANY_NODES) == "1"
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=bool(os.environ.get(LOGS)),
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",  # Ray's own ports run code for whoever reaches them
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == ATTEMPTS:
+                said = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+                raise IsthmusError(
+                    f"Ray does not start on this machine: {said}.",
+                    "Has it memory, disk and processes to spare? Ray's logs are in /tmp/ray/session_latest/logs.",
+                ) from error
+
+
 def _join() -> None:
     import ray
 
+    refusal = IsthmusError(
+        f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer.",
+        "Start it, correct the address, or unset RAY_ADDRESS to run on this machine.",
+    )
     try:
+        _knock(os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=bool(os.environ.get(LOGS)))
-    except (ConnectionError, ValueError) as error:
-        raise IsthmusError(
-            f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer.",
-            "Start it, correct the address, or unset RAY_ADDRESS to run on this machine.",
-        ) from error
+    except (ConnectionError, TimeoutError, ValueError, OSError) as error:
+        raise refusal from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens; Ray itself would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found:
+        socket.create_connection((found[1], int(found[2])), timeout=KNOCK_S).close()
 
 
 def _prepare(*, local: bool) -> None:
@@ -105,7 +141,7 @@ def _prepare(*, local: bool) -> None:
     if local:
         # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, for a cluster to come. This
         # switch, made for systems that only run single nodes, is what keeps all of its ports on loopback.
-        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        settings[MANY_NODES] = "0"
         settings["RAY_AUTH_MODE"] = "token"  # Ray's own default, which it announces on every start unless asked for
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # no cloud takes this machine away
     for name, value in settings.items():

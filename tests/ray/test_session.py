@@ -12,12 +12,10 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROGRAM = """
-import json, psutil
+import json, psutil, ray
 from isthmus.ray_session import ray_session
 
 with ray_session(cpus=10):
-    import ray
-
     @ray.remote
     def double(x):
         return 2 * x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[tuple[Any,
     def no_ray(cpus: float = 0) -> Any:
         yield
 
-    for name in ("run", "use", "data"):
+    for name in ("run", "data"):
         monkeypatch.setattr(f"isthmus.commands.{name}.ray_session", no_ray)
 
     def replace(module: str, function: str, answer: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -289,17 +290,37 @@ def test_first_word_is_a_recipe_or_an_override(away: Path) -> None:
     assert recipes.split(["odd=name.yaml", "x=1"]) == ("odd=name.yaml", ["x=1"])
 
 
-def test_an_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    def refuse(**_: Any) -> None:
-        raise ConnectionError("nobody")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # bound and not listening: nobody answers
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+        for written in (address, f"ray://{address}"):
+            monkeypatch.setenv("RAY_ADDRESS", written)
+            with pytest.raises(IsthmusError, match=f"{address} does not answer"), ray_session.ray_session():
+                pass
 
-    monkeypatch.setenv("RAY_ADDRESS", "10.9.8.7:6379")
+
+def test_a_start_that_fails_is_tried_again_and_then_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    tries: list[int] = []
+
+    def fail(**_: Any) -> None:
+        tries.append(1)
+        if len(tries) != 5:
+            raise RuntimeError("Failed to start GCS.\n Last 0 lines")
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(IsthmusError, match=r"10\.9\.8\.7:6379 does not answer"), ray_session.ray_session():
-        pass
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(IsthmusError, match=r"Ray does not start on this machine: Failed to start GCS\. "):
+        ray_session.begin()
+    assert len(tries) == ray_session.ATTEMPTS == 3
+    assert ray_session.begin(), "the second attempt of this one succeeds"
 
 
 def test_a_local_cluster_stays_on_loopback_with_room_to_work(monkeypatch: pytest.MonkeyPatch) -> None:

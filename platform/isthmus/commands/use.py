@@ -8,7 +8,6 @@ import typer
 
 from isthmus.commands import recipes
 from isthmus.commands.shell import show
-from isthmus.ray_session import ray_session
 
 Words = Annotated[list[str], typer.Argument(metavar="[RECIPE] [KEY=VALUE]", show_default=False)]
 
@@ -25,8 +24,7 @@ def caption(words: Words) -> None:
     config = recipes.load(CaptionConfig, words)
     from isthmus.inference.caption import caption as work
 
-    with ray_session(config.actors * config.cpus_per_actor):
-        show(work(config))
+    show(work(config))
 
 
 def embed(words: Words) -> None:
@@ -41,8 +39,7 @@ def embed(words: Words) -> None:
     config = recipes.load(EmbedConfig, words)
     from isthmus.inference.embed import embed as work
 
-    with ray_session(config.actors * config.cpus_per_actor):
-        show(work(config))
+    show(work(config))
 
 
 def evaluate(words: Words) -> None:
@@ -57,8 +54,7 @@ def evaluate(words: Words) -> None:
     config = recipes.load(EvaluateConfig, words)
     from isthmus.evaluation.driver import evaluate as work
 
-    with ray_session():
-        show(work(config))
+    show(work(config))
 
 
 def serve(words: Words) -> None:
@@ -73,5 +69,4 @@ def serve(words: Words) -> None:
     config = recipes.load(ServeConfig, words)
     from isthmus.serving.app import serve as work
 
-    with ray_session(config.replicas * config.cpus_per_replica * len(config.models)):
-        show({"url": work(config, block=True)})
+    show({"url": work(config, block=True)})

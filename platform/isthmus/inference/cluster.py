@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import ray
 
 from isthmus.errors import IsthmusError
+from isthmus.ray_session import begin, end, joins_cluster
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +27,14 @@ def connect(actors: int, cpus: float, gpus: float) -> bool:
     Raises:
         IsthmusError: this machine has not the GPUs that one actor needs.
     """
-    if ray.is_initialized():
-        _look_at_nodes(cpus, gpus)
-        return False
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    if joined:
-        ray.init(log_to_driver=False)
-    else:
-        wanted = int(actors * cpus + 1)
-        ray.init(num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    started = begin(actors * cpus)
     try:
         _look_at_nodes(cpus, gpus)
     except IsthmusError:
-        ray.shutdown()
+        if started:
+            end()
         raise
-    return True
+    return started
 
 
 def _look_at_nodes(cpus: float, gpus: float) -> None:
@@ -52,7 +45,7 @@ def _look_at_nodes(cpus: float, gpus: float) -> None:
     problem = (
         f"An actor needs {cpus:g} CPUs and {gpus:g} GPUs; the largest node has {most['CPU']:g} and {most['GPU']:g}."
     )
-    if os.environ.get("RAY_ADDRESS"):  # a cluster that scales on demand may bring a node that fits
+    if joins_cluster():  # a cluster that scales on demand may bring a node that fits
         log.warning("%s The job waits until a node that fits joins the cluster.", problem)
         return
     raise IsthmusError(problem, "Lower cpus_per_actor or gpus_per_actor.")

@@ -17,9 +17,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from isthmus.config import ServeConfig, anchored, load_config
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, IsthmusError
+from isthmus.ray_session import joins_cluster
 from isthmus.serving.answers import Caption, Card, Refusal, Vector
-from isthmus.serving.lifecycle import claim_address, pin_models, shutdown, start, wait_for_stop
+from isthmus.serving.lifecycle import claim_address, leave_ray, pin_models, shutdown, start, start_ray, wait_for_stop
 from isthmus.serving.metrics import RayRecorder
 from isthmus.serving.openai import FrontSettings, create_front
 from isthmus.serving.problems import overloaded, unavailable
@@ -48,9 +49,15 @@ def serve(config: ServeConfig, *, block: bool = True, load: LoadModel = load_reg
     config = anchored(config)
     _check(config)
     token_digest(config)
-    host, port = claim_address(config)
-    if load is load_registered:
-        config = pin_models(config)
+    try:
+        if joins_cluster():
+            start_ray(config)  # only from inside can one see whether Serve runs there already, and where it listens
+        host, port = claim_address(config)
+        if load is load_registered:
+            config = pin_models(config)
+    except IsthmusError:
+        leave_ray()
+        raise
     url = start(assemble(config, load), config, host, port)
     if block:
         print(f"Serving {', '.join(config.models)} at {url} (Ctrl-C stops)", flush=True)

@@ -111,7 +111,7 @@ def start(app: Any, config: ServeConfig, host: str, port: int) -> str:
         IsthmusError: a model could not be loaded, with the reason its replica gave.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process's own lines; the replicas' are set below
-    _start_ray(config)
+    start_ray(config)
     try:
         _start_serve(config, host, port)
         ray_serve.run(
@@ -127,7 +127,8 @@ def start(app: Any, config: ServeConfig, host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
-def _start_ray(config: ServeConfig) -> None:
+def start_ray(config: ServeConfig) -> None:
+    """Ray, if this process has none yet; :func:`leave_ray` undoes it."""
     needed = len(config.models) * config.replicas * config.cpus_per_replica
     if begin(needed):
         _owned.add("ray")
@@ -191,6 +192,11 @@ def shutdown() -> None:
         if "serve" in _owned and set(applications) <= {APP}:
             ray_serve.shutdown()
     _owned.discard("serve")
+    leave_ray()
+
+
+def leave_ray() -> None:
+    """Stop or leave the Ray cluster that :func:`start_ray` started or joined."""
     if "ray" in _owned:
         end()
         _owned.discard("ray")

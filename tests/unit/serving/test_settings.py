@@ -68,7 +68,7 @@ def test_a_taken_port_is_named_before_anything_starts(monkeypatch: pytest.Monkey
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        monkeypatch.setattr("isthmus.serving.lifecycle._start_ray", lambda _: pytest.fail("Ray was started"))
+        monkeypatch.setattr("isthmus.serving.lifecycle.start_ray", lambda _: pytest.fail("Ray was started"))
         monkeypatch.setattr("isthmus.serving.lifecycle._running_address", lambda: None)
         with pytest.raises(IsthmusError, match=f"Port {port} on 127.0.0.1 is already in use"):
             serve(config(auth="none", port=port), load=lambda *_: pytest.fail("loaded"))
