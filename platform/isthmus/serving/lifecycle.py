@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ APP = "isthmus"
 PROXY_PATIENCE_S = "60"
 """How long Serve's controller lets its HTTP proxy start before it kills it. By itself it gives it five seconds, which
 a process that has torch to import does not always keep on a busy machine."""
+STOP_S = 60.0
 _owned: set[str] = set()
 """What this process started and therefore stops: ``ray``, ``serve``."""
 
@@ -190,9 +193,24 @@ def shutdown() -> None:
         if APP in applications:
             ray_serve.delete(APP)
         if "serve" in _owned and set(applications) <= {APP}:
-            ray_serve.shutdown()
+            _stop_serve()
     _owned.discard("serve")
     leave_ray()
+
+
+def _stop_serve() -> None:
+    """What ``serve.shutdown`` does, without its call that the controller dies under: Ray reports that as an error."""
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve.context import _set_global_client
+
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    ray.get(controller.graceful_shutdown.remote(wait=False), timeout=STOP_S)
+    deadline = time.monotonic() + STOP_S
+    with contextlib.suppress(ValueError):  # the name is gone when the controller is
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
+    _set_global_client(None)
 
 
 def leave_ray() -> None:
