@@ -171,6 +171,7 @@ def test_from_a_bucket_to_captions_in_it_by_jobs(job_cluster: JobCluster, shapes
 
 @pytest.mark.slow
 def test_evaluate_and_embed_as_jobs(job_cluster: JobCluster, shapes: Shapes) -> None:
+    job_cluster.answer("jobs/data.py", "index", f"{shapes.url}/train", "--json")
     first = job_cluster.answer("jobs/train.py", "pipelines/demo/stage1.yaml", *_small_stage1(shapes))
     figures = job_cluster.answer("jobs/evaluate.py", *shapes.use(first["uri"], "figures"))
     assert figures["samples"] == 16 and 0 <= figures["tr_at_5"] <= 1

@@ -93,7 +93,7 @@ class Watch:
         share = self.facts.get("row", {}).get("metrics", {}).get("captions_cut", 0.0)
         if share and self.shown:
             self.say(
-                f"{share:.1%} of the captions were longer than the recipe's max_length and lost their end. If that "
+                f"{'Less than 0.1%' if share < 0.001 else f'{share:.1%}'} of the captions were longer than the recipe's max_length and lost their end. If that "
                 "matters, raise it (method.text.max_length or method.language.max_length)."
             )
 

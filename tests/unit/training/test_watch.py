@@ -48,6 +48,9 @@ def test_captions_that_lost_their_end_are_told_of_once(tmp_path: Path, capsys: p
     watch, _ = follow(tmp_path, {"kind": "stepping", "step": 0}, row(1, 0.5), last)
     watch._tell_of_cut_captions()
     assert "3.1% of the captions were longer than the recipe's max_length" in capsys.readouterr().err
+    last["metrics"]["captions_cut"] = 0.0002
+    watch._tell_of_cut_captions()
+    assert "Less than 0.1% of the captions" in capsys.readouterr().err
     watch, _ = follow(tmp_path, row(9, 0.1))
     watch._tell_of_cut_captions()
     assert "captions" not in capsys.readouterr().err
