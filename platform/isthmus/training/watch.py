@@ -94,8 +94,8 @@ class Watch:
         if share and self.shown:
             shown = "Less than 0.1%" if share < 0.001 else f"{share:.1%}"
             self.say(
-                f"{shown} of the captions were longer than the recipe's max_length and lost their end. If that matters, "
-                "raise it (method.text.max_length or method.language.max_length)."
+                f"{shown} of the captions were longer than the recipe's max_length and lost their end. If that "
+                "matters, raise it (method.text.max_length or method.language.max_length)."
             )
 
     def _open(self, label: str, total: int, unit: str) -> None:
