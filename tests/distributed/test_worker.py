@@ -38,11 +38,11 @@ def recipe(root: str, name: str, *, stage: int = 2, **method: Any) -> RunConfig:
     return tiny.recipe(root, name, method=method, zero={"stage": stage})
 
 
-def convolutional(root: str, stage: int) -> RunConfig:
+def convolutional(root: str, stage: int, max_length: int = 32) -> RunConfig:
     """Projectors on a real CNN whose features are computed while training, as without a cache."""
-    method = ProjectorConfig(vision=tiny_cnn_config(), text=TextConfig(weights=f"{root}/text"))
+    method = ProjectorConfig(vision=tiny_cnn_config(), text=TextConfig(weights=f"{root}/text", max_length=max_length))
     train = {"steps": 2, "checkpoint_every": 2, "log_every": 1}
-    return tiny.recipe(root, f"cnn{stage}", train=train, zero={"stage": stage}).model_copy(update={"method": method})
+    return tiny.recipe(root, f"cnn{stage}-{max_length}", train=train, zero={"stage": stage}).model_copy(update={"method": method})
 
 
 def run_one(config: RunConfig) -> dict[str, Any]:
@@ -68,6 +68,7 @@ def scenarios(root: str) -> dict[str, Any]:
     out["broken"], out["mended"] = run_one(broken), run_one(broken)
     out["again"] = run_one(recipe(root, "zero2"))
     out |= {f"cnn{stage}": run_one(convolutional(root, stage)) for stage in (2, 3)}
+    out["cut"] = run_one(convolutional(root, 2, max_length=3))
     out["nan"] = run_one(recipe(root, "nan", nan_at=4))
     return out
 
@@ -151,6 +152,14 @@ def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_samples(made) -
     named = ranks[0]["nan"]["fault"].split("sample ids by worker: ")[1].split(").")[0]
     listed = [int(n) for n in named.replace("[", "").replace("]", "").split(",")]
     assert len(listed) == 8 and set(listed) <= ids
+
+
+def test_captions_that_the_limit_cuts_stop_every_rank(made) -> None:
+    _, ranks = made
+    for result in ranks:
+        assert "longer than the recipe's max_length" in result["cut"]["fault"]
+        assert "Raise method.text.max_length" in result["cut"]["fault"]
+        assert result["cut"]["rows"] == [], "found at the first step"
 
 
 def test_rows_say_what_a_reader_needs(made) -> None:

@@ -91,6 +91,9 @@ class DataConfig(Config):
         "drawn", description="a sample's caption in an epoch: one drawn from all that it has, or always its first"
     )
     max_failed_share: Fraction = Field(0.01, description="a larger share of unreadable samples stops the run")
+    max_cut_share: Fraction = Field(
+        0.01, description="a larger share of captions that lose their end to max_length stops the run"
+    )
     decode_workers: Positive = Field(1, description="Ray Data tasks that decode at once, per trainer")
     prefetch: Positive = Field(4, description="batches kept ready per trainer")
 

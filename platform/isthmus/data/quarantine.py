@@ -62,6 +62,28 @@ class FailureBudget:
         return f"{reasons}; first: {first}"
 
 
+def check_cut(cut: int, seen: int, samples: int, most: float, where: str) -> None:
+    """Refuse a data set whose captions the recipe's token limit cuts too often; the base is :class:`FailureBudget`'s.
+
+    Args:
+        cut: captions that lost their end so far, over all workers.
+        seen: captions read so far.
+        samples: samples of the data set.
+        most: largest share that is borne, 0 to 1.
+        where: the data set's URL, for the message.
+
+    Raises:
+        DataError: the share of cut captions is above the limit.
+    """
+    if cut > most * max(seen, min(samples, _SETTLED)):
+        raise DataError(
+            f"{cut} of {seen} captions read from {where} are longer than the recipe's max_length and lost their end, "
+            f"more than the share of {most:g} allowed.",
+            "Raise method.text.max_length or method.language.max_length, or raise data.max_cut_share to train on the "
+            "beginnings of such captions.",
+        )
+
+
 class Quarantine:
     """Failures on their way to JSON lines below a folder or URL. Safe to use from several threads and processes.
 

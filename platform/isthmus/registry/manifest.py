@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "cluster",
     "data.cache",
     "data.decode_workers",
+    "data.max_cut_share",
     "data.max_failed_share",
     "data.prefetch",
     "data.train",

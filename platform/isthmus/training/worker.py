@@ -19,7 +19,8 @@ import torch
 from isthmus import storage
 from isthmus.config import RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
-from isthmus.errors import DataError, IsthmusError
+from isthmus.data.quarantine import check_cut
+from isthmus.errors import IsthmusError
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
@@ -265,17 +266,10 @@ class Worker:
             yield batch.to(self.device), time.perf_counter() - began
 
     def _on_failure(self, failure: Any) -> None:
-        """Count an unreadable sample, name it to the driver, stop when there are too many."""
+        """Count an unreadable sample and name it to the driver; the stream's budget stops when there are too many."""
         self.failed += 1
         facts = {name: getattr(failure, name, None) for name in ("id", "key", "shard", "offset", "reason")}
         self._note("unreadable", **facts)
-        allowed = max(1.0, self.run.data.max_failed_share * self.job.samples)
-        if self.failed > allowed:
-            raise DataError(
-                f"{self.failed} samples of {self.run.data.train} could not be read, more than data.max_failed_share "
-                f"({self.run.data.max_failed_share:.2%}) allows; the last was {facts['key']}: {facts['reason']}.",
-                "Look at quarantine.jsonl in the run folder, mend the data, or raise data.max_failed_share.",
-            )
 
     def _step(self, step: int, batch: Batch, waited_s: float) -> None:
         rate = learning_rate(step, self.train_config)
@@ -331,6 +325,7 @@ class Worker:
         sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
         images, tokens, waited, failed, cut, seen = self.comm.sum(counts).tolist()
+        check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
         if not self.first:
             return
         seconds = max(time.perf_counter() - window.started, 1e-9)

@@ -15,7 +15,7 @@ from isthmus.data import features
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.order import Order
 from isthmus.data.prefetch import ahead, map_ahead
-from isthmus.data.quarantine import FailureBudget, Quarantine, read_quarantine
+from isthmus.data.quarantine import FailureBudget, Quarantine, check_cut, read_quarantine
 from isthmus.data.readers import Failure
 from isthmus.data.stream import iter_samples, train_batches
 from isthmus.data.transforms import ImageTransform
@@ -229,6 +229,16 @@ def test_budget_waits_for_a_sample_that_means_something() -> None:
     budget.count(5000, [bad] * 50)
     with pytest.raises(DataError):
         budget.count(1, [bad])
+
+
+def test_cut_captions_are_borne_up_to_their_share() -> None:
+    check_cut(10, 10, 100_000, 0.01, "data")  # of 1,000 it is one in a hundred
+    check_cut(50, 5000, 100_000, 0.01, "data")
+    check_cut(20, 20, 20, 1.0, "data")
+    with pytest.raises(DataError, match="51 of 5000 captions .* share of 0.01"):
+        check_cut(51, 5000, 100_000, 0.01, "data")
+    with pytest.raises(DataError):
+        check_cut(1, 20, 20, 0.01, "data")
 
 
 def test_quarantine_keeps_each_sample_once(tmp_path: Path) -> None:
