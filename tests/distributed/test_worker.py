@@ -42,7 +42,9 @@ def convolutional(root: str, stage: int, max_length: int = 32) -> RunConfig:
     """Projectors on a real CNN whose features are computed while training, as without a cache."""
     method = ProjectorConfig(vision=tiny_cnn_config(), text=TextConfig(weights=f"{root}/text", max_length=max_length))
     train = {"steps": 2, "checkpoint_every": 2, "log_every": 1}
-    return tiny.recipe(root, f"cnn{stage}-{max_length}", train=train, zero={"stage": stage}).model_copy(update={"method": method})
+    return tiny.recipe(root, f"cnn{stage}-{max_length}", train=train, zero={"stage": stage}).model_copy(
+        update={"method": method}
+    )
 
 
 def run_one(config: RunConfig) -> dict[str, Any]:

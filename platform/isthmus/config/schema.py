@@ -29,6 +29,9 @@ class VisionConfig(Config):
 
     name: str = "tf_efficientnet_lite0"
     weights: Source = "pkg:efficientnet-lite0"
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="keyword arguments of timm.create_model, for a variant of the architecture, e.g. {depth: 39}"
+    )
     image_size: Positive | None = Field(None, description="pixels; the model's own size when not given")
     layer: int = Field(-1, description="which block's output is taken; -1 is the last, -2 the second last")
     final_norm: bool = Field(True, description="apply the encoder's closing normalisation")

@@ -128,7 +128,7 @@ def _create(config: VisionConfig, pretrained: bool = False) -> Any:
             f"timm has no architecture '{config.name}'.{nearest(config.name, timm.list_models())}",
             f"Name one of its {len(timm.list_models())} models, e.g. tf_efficientnet_lite0 or vit_base_patch16_224.",
         )
-    make = partial(timm.create_model, config.name, pretrained=pretrained, num_classes=0)
+    make = partial(_make, config, pretrained=pretrained)
     if config.image_size is None:
         return make()
     try:  # models with positions are built for the wanted size; loading then interpolates
@@ -137,6 +137,18 @@ def _create(config: VisionConfig, pretrained: bool = False) -> Any:
         if "img_size" not in str(error):
             raise
         return make()
+
+
+def _make(config: VisionConfig, **more: Any) -> Any:
+    try:
+        return timm.create_model(config.name, num_classes=0, **{**config.options, **more})
+    except TypeError as error:
+        wrong = next((name for name in config.options if f"'{name}'" in str(error)), None)
+        if wrong is None:
+            raise
+        raise ConfigError(
+            f"method.vision.options: '{config.name}' takes no '{wrong}'.", "Leave it out, or see the model in timm."
+        ) from error
 
 
 def _transform(model: nn.Module, config: VisionConfig, size: int) -> ImageTransform:

@@ -192,3 +192,12 @@ def test_real_lite_weights_load_strictly(name):
     out_BND = encoder(torch.zeros(1, 3, 192, 192))
     assert out_BND.shape == (1, 36, 1280)
     assert out_BND.std() > 0.05
+
+
+def test_options_build_a_variant_of_the_architecture():
+    options = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
+    config = VisionConfig(name="vit_base_patch16_224", weights="random", options=options, image_size=32)
+    assert (describe_vision(config).tokens, describe_vision(config).width) == (17, 32)
+    assert len(build_vision(config).model.blocks) == 3
+    with pytest.raises(ConfigError, match="'vit_base_patch16_224' takes no 'deth'"):
+        describe_vision(config.model_copy(update={"options": {"deth": 3}}))
