@@ -42,6 +42,10 @@ os.environ |= {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "0.2",
 }
 
+from isthmus.compat import ensure_torchvision  # noqa: E402 - after the environment, before any test imports timm
+
+ensure_torchvision()
+
 ATTEMPTS = 4
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,12 @@ def choose_caption(sample: Sample, seed: int, epoch: int) -> str:
         return ""
     u = float(uniform(seed, epoch, sample.id, CAPTION_DRAW))
     return clean_caption(sample.captions[int(u * len(sample.captions))])
+
+
+def own_tokenizer(tokenizer: Any) -> Any:
+    """A copy for a collate function, which works in a thread of its own: a fast tokenizer keeps the padding and
+    truncation of its last call, so two threads cannot share one."""
+    return copy.deepcopy(tokenizer)
 
 
 def cut_captions(texts: Sequence[str], limit: int, tokens: Callable[[str], Sequence[int]]) -> Tensor:

@@ -24,7 +24,7 @@ from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.language import IGNORED, language_reference, next_token_loss
 from isthmus.losses.matching import Match, matching, matching_reference, mine_negatives
-from isthmus.methods.batching import choose_caption, cut_captions, stack
+from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
 from isthmus.models.attention import ImageMemory, ImageTokens
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
@@ -309,6 +309,7 @@ class CollateStage1:
     """Samples -> Batch with BERT tokens. Picklable."""
 
     def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
+        tokenizer = own_tokenizer(tokenizer)
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:

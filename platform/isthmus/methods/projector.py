@@ -21,7 +21,7 @@ from isthmus.config import MethodConfig, TextConfig, VisionConfig
 from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
-from isthmus.methods.batching import choose_caption, cut_captions, stack
+from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, seeded
 from isthmus.models.projector import ImageProjector, TextProjector
 from isthmus.models.text import SentenceEncoder, build_sentence_encoder
@@ -167,6 +167,7 @@ class CollateTexts:
     """Samples -> Batch with the chosen captions as text. Picklable."""
 
     def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
+        tokenizer = own_tokenizer(tokenizer)
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,35 @@ def test_exactly_the_trainable_parameters_get_gradients_and_change(method: str, 
         # A key bias adds one number to all scores of a softmax, so it cannot be learnt: zero gradient by mathematics.
         elif not name.endswith("key.bias"):
             assert not torch.equal(p, trained[name]), name
+
+
+@EVERY
+def test_batches_may_be_made_in_another_thread(method: str, folder: Path) -> None:
+    """As in training, where the next batches are made while a step runs: tokenizers are not shared between the two."""
+    stage = build(recipe(method, folder), with_vision=False)
+    memory = getattr(stage.module, "memory", None)
+    made = batch(stage, samples(stage, 6), 0)
+    stop, faults = threading.Event(), []
+
+    def keep_making() -> None:
+        while not stop.is_set():
+            try:
+                batch(stage, samples(stage, 6), 0)
+            except Exception as error:
+                faults.append(error)
+
+    thread = threading.Thread(target=keep_making)
+    thread.start()
+    try:
+        with torch.no_grad():
+            for _ in range(60):
+                if memory is not None:
+                    memory._kept.clear()  # so that the forward tokenises
+                stage.module(made)
+    finally:
+        stop.set()
+        thread.join()
+    assert not faults
 
 
 @EVERY
