@@ -39,6 +39,7 @@ class TinyModule(StageModule):
         self.frozen = nn.Sequential(nn.Linear(3 * SIDE * SIDE, 32), nn.BatchNorm1d(32))
         for parameter in self.frozen.parameters():
             parameter.requires_grad_(False)
+        self.frozen.base = Base("vision", "random", "0" * 64)
         self.hidden = nn.Linear(32, config.width)
         self.drop = nn.Dropout(0.1)
         self.out = nn.Linear(config.width, 2)
@@ -93,9 +94,8 @@ def build(config: TinyConfig, context: BuildContext) -> Stage:
     def references(_: int) -> dict[str, Reference]:
         return {"fit": Reference(chance=0.33, floor=0.0)}
 
-    base = Base("vision", "random", "0" * 64)
     facts = {"tokens": 1, "width": 32, "image_size": SIDE}
-    return Stage(module, collate, to_pixels, augment, references, (base,), facts)
+    return Stage(module, collate, to_pixels, augment, references, (module.frozen.base,), facts)
 
 
 def frozen_state(module: nn.Module) -> dict[str, Tensor]:

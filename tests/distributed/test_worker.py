@@ -20,6 +20,7 @@ from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 
 STEPS = 9
+STILL = {"steps": 3, "global_batch": 8, "lr": 1e-2, "frozen": ("hidden.*",)}
 
 
 @dataclass
@@ -71,6 +72,7 @@ def scenarios(root: str) -> dict[str, Any]:
     out["again"] = run_one(recipe(root, "zero2"))
     out |= {f"cnn{stage}": run_one(convolutional(root, stage)) for stage in (2, 3)}
     out["cut"] = run_one(convolutional(root, 2, max_length=3))
+    out["still"] = run_one(tiny.recipe(root, "still", train=STILL))
     out["nan"] = run_one(recipe(root, "nan", nan_at=4))
     return out
 
@@ -118,6 +120,17 @@ def test_only_the_declared_parts_move(made) -> None:
             assert torch.equal(result["zero2"]["frozen"][name], value), name
     for name, value in weights(root, "zero2").items():
         assert not torch.equal(value, fresh.state_dict()[name]), f"{name} was not trained"
+
+
+def test_parts_frozen_by_glob_stay_and_are_saved(made) -> None:
+    root, (first, _) = made
+    torch.manual_seed(0)
+    fresh = tiny.TinyModule(tiny.TinyConfig(), None).state_dict()
+    assert first["still"]["fault"] is None
+    for name, value in weights(root, "still").items():
+        assert torch.equal(value, fresh[name]) == name.startswith("hidden."), name
+    [event] = [e for e in first["still"]["events"] if e["kind"] == "verdict"]
+    assert ["hidden.weight", "frozen", "192"] in [line.split() for line in event["table"].splitlines()]
 
 
 def test_checkpoints_hold_trainable_tensors_only(made) -> None:

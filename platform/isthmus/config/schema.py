@@ -33,8 +33,8 @@ class VisionConfig(Config):
         {}, description="keyword arguments of timm.create_model, for a variant of the architecture, e.g. {depth: 39}"
     )
     image_size: Positive | None = Field(None, description="pixels; the model's own size when not given")
-    layer: int = Field(-1, description="which block's output is taken; -1 is the last, -2 the second last")
-    final_norm: bool = Field(True, description="apply the encoder's closing normalisation")
+    layer: int = Field(-2, description="which block's output is taken; -2 is the second last (BLIP-2), -1 the last")
+    final_norm: bool = Field(False, description="apply the encoder's closing normalisation")
     pool: Literal["none", "mean"] = Field("none", description="mean: one averaged token instead of all")
 
 
@@ -116,6 +116,9 @@ class TrainConfig(Config):
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="factors of the learning rate by the beginning of parameter names, e.g. {qformer: 0.1}"
+    )
+    frozen: tuple[str, ...] = Field(
+        (), description="parameters to leave as they are, by glob, e.g. ['qformer.words.*']; backbones always are"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05

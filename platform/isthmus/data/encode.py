@@ -189,7 +189,7 @@ def _finished(out: str, manifest: Manifest, vision: VisionConfig, dtype: str) ->
             "Give another folder, or delete this one.",
         )
     pinned = vision.weights in ("random", "timm") or vision.weights.startswith("pkg:")
-    same = dict(meta.vision) == vision.model_dump(mode="json") and meta.dtype == dtype
+    same = _completed(meta.vision) == vision.model_dump(mode="json") and meta.dtype == dtype
     return meta if same and pinned else None
 
 
@@ -201,12 +201,21 @@ def _settle_plan(out: str, meta: CacheMeta) -> None:
         storage.write_bytes(url, json.dumps(plan, indent=1).encode())
         return
     held = json.loads(storage.read_bytes(url))
+    held["vision"] = _completed(held.get("vision"))
     differing = sorted(name for name in plan if plan[name] != held.get(name))
     if differing:
         raise DataError(
             f"{out} holds features of another plan: {', '.join(differing)} differ.",
             "Give another folder, or delete this one.",
         )
+
+
+def _completed(vision: Any) -> Any:
+    """A recorded encoder with the defaults of fields that it was recorded without, being older than they are."""
+    try:
+        return VisionConfig(**vision).model_dump(mode="json")
+    except (TypeError, ValueError):
+        return vision
 
 
 def _commits(out: str, meta: CacheMeta) -> dict[int, Commit]:

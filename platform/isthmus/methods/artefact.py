@@ -1,6 +1,6 @@
-"""A trained model as a folder: the trainable tensors, the recipe, and what they stand on.
+"""A trained model as a folder: its own tensors, the recipe, and what they stand on.
 
-model.safetensors   trainable tensors under their module names
+model.safetensors   all tensors outside the frozen backbones, under their module names
 recipe.yaml         the resolved run recipe: rebuilds the module without the parent run
 bases.json          frozen parts: role, where from, digest (their bytes are never copied)
 freezing.json       every parameter of the module: its size and whether it was trained
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from isthmus.config import RunConfig, load_run, to_yaml
 from isthmus.contracts import Base, BuildContext, Comm, LocalComm, Stage
 from isthmus.errors import RegistryError, WeightsError
-from isthmus.models.freezing import load_trainable
+from isthmus.models.freezing import load_owned, owned_parameters
 
 MODEL, RECIPE, BASES = "model.safetensors", "recipe.yaml", "bases.json"
 FREEZING, LINEAGE = "freezing.json", "lineage.json"
@@ -52,7 +52,7 @@ def save_artefact(
 
     Args:
         directory: made if it does not exist.
-        module_state: the trainable tensors, whole, by parameter name.
+        module_state: the tensors outside the backbones, whole, by parameter name.
         recipe: resolved, so that it builds the module without the parent.
         stage: gives the parameters' verdicts and the bases.
         lineage: anything JSON can hold.
@@ -60,10 +60,9 @@ def save_artefact(
             a cache); default: the stage's.
 
     Raises:
-        WeightsError: the tensors' names are not exactly the module's trainable parameters.
+        WeightsError: the tensors' names are not exactly the module's parameters outside its backbones.
     """
-    trainable = {name for name, parameter in stage.module.named_parameters() if parameter.requires_grad}
-    _same_names(set(module_state), trainable, "The state to be saved")
+    _same_names(set(module_state), set(owned_parameters(stage.module)), "The state to be saved")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -103,7 +102,7 @@ def load_artefact(
     stage = METHODS[recipe.method.name].build(recipe.method, context)
     bases = read_bases(folder)
     check_bases(bases, stage.bases)
-    load_trainable(stage.module, state)
+    load_owned(stage.module, state)
     stage.module.to(device).eval()
     return Artefact(recipe, stage, _read_json(folder / LINEAGE), bases)
 
@@ -128,7 +127,7 @@ def read_bases(directory: str | Path) -> tuple[Base, ...]:
 
 
 def read_state(directory: str | Path) -> dict[str, Tensor]:
-    """The trainable tensors of a saved model.
+    """The own tensors of a saved model.
 
     Raises:
         RegistryError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how exactly those are saved and restored."""
+"""Which parameters are trained, which are saved, and how exactly those are restored."""
 
 from __future__ import annotations
 
@@ -10,33 +10,44 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isthmus.contracts import Base
 from isthmus.errors import ConfigError, WeightsError, nearest
 
 Verdict = Literal["frozen", "trained"]
 
 
-def freeze(module: nn.Module, globs: Iterable[str]) -> dict[str, Verdict]:
-    """Switches gradients off for every parameter whose name matches one of ``globs`` and on for all others.
+def freeze(module: nn.Module, globs: Iterable[str]) -> None:
+    """Switches gradients off for every parameter whose name matches one of ``globs``; the others stay as they are.
 
-    Globs are those of a shell, over dotted names (``*`` also crosses dots): ``vision.*``, ``*.word_embeddings.*``.
-
-    Returns:
-        the verdict for every parameter, in the module's order.
+    Globs are those of a shell, over dotted names (``*`` also crosses dots): ``qformer.words.*``, ``*.text_ffn.*``.
 
     Raises:
-        ConfigError: a glob that matches nothing, so that a misspelt one cannot silently leave a backbone trainable.
+        ConfigError: a glob that matches no parameter outside the backbones, so that a misspelt one cannot silently
+            leave a part trainable; or nothing would be left to train.
     """
-    patterns = tuple(globs)
-    names = [name for name, _ in module.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"The frozen pattern '{pattern}' matches no parameter.{nearest(pattern, names)}")
-    verdict: dict[str, Verdict] = {}
-    for name, parameter in module.named_parameters():
-        frozen = any(fnmatchcase(name, pattern) for pattern in patterns)
-        parameter.requires_grad_(not frozen)
-        verdict[name] = "frozen" if frozen else "trained"
-    return verdict
+    owned = owned_parameters(module)
+    for pattern in globs:
+        names = [name for name in owned if fnmatchcase(name, pattern)]
+        if not names:
+            raise ConfigError(
+                f"The frozen pattern '{pattern}' matches no parameter.{nearest(pattern, owned)}",
+                "Patterns are matched against whole names such as 'qformer.words.weight'; backbones are frozen anyway.",
+            )
+        for name in names:
+            owned[name].requires_grad_(False)
+    if owned and not any(parameter.requires_grad for parameter in owned.values()):
+        raise ConfigError("The frozen patterns leave nothing to train.", "Take one out of train.frozen.")
+
+
+def owned_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint or artefact holds: all outside the backbones, whether trained or frozen.
+
+    A backbone is a sub-module with a ``base``: its tensors are referenced by digest and never copied.
+    """
+    backbones = tuple(
+        f"{name}." for name, part in module.named_modules() if isinstance(getattr(part, "base", None), Base)
+    )
+    return {name: p for name, p in module.named_parameters() if not name.startswith(backbones)}
 
 
 def freeze_all(module: nn.Module) -> None:
@@ -46,7 +57,7 @@ def freeze_all(module: nn.Module) -> None:
 
 
 def verdict_of(module: nn.Module) -> dict[str, Verdict]:
-    """What :func:`freeze` would report for the module as it stands."""
+    """Whether each parameter is trained, in the module's order."""
     return {name: "trained" if p.requires_grad else "frozen" for name, p in module.named_parameters()}
 
 
@@ -88,22 +99,21 @@ def _bytes_digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the CPU, of the parameters that are trained; all that a checkpoint or artefact needs to hold."""
+def owned_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of :func:`owned_parameters`; all that a checkpoint or artefact needs to hold."""
     return {
         name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in owned_parameters(module).items()
     }
 
 
-def load_trainable(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Writes ``state`` into the module's trainable parameters, in place.
+def load_owned(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Writes ``state`` into the module's :func:`owned_parameters`, in place.
 
     Raises:
-        WeightsError: ``state`` does not hold exactly the trainable names, or a shape differs. Nothing is written then.
+        WeightsError: ``state`` does not hold exactly those names, or a shape differs. Nothing is written then.
     """
-    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    wanted = owned_parameters(module)
     missing, surplus = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or surplus:
         raise WeightsError(

@@ -45,12 +45,12 @@ WORDS = (  # noqa: SIM905
 
 def tiny_vision_config(image_size: int = 32, *, weights: str = "random") -> VisionConfig:
     """A ViT of 12 blocks of 192 that timm knows; at 32 pixels it has 1 + 4 tokens."""
-    return VisionConfig(name="vit_tiny_patch16_224", weights=weights, image_size=image_size)
+    return VisionConfig(name="vit_tiny_patch16_224", weights=weights, image_size=image_size, layer=-1, final_norm=True)
 
 
 def tiny_cnn_config(image_size: int = 64) -> VisionConfig:
     """A small CNN with random weights: 4 tokens of 1280 at 64 pixels."""
-    return VisionConfig(name="tf_efficientnet_lite0", weights="random", image_size=image_size)
+    return VisionConfig(name="tf_efficientnet_lite0", weights="random", image_size=image_size, layer=-1)
 
 
 def tiny_bert(folder: str | Path, *, layers: int = 2, width: int = 32, heads: int = 4, seed: int = 0) -> TextConfig:

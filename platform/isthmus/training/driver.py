@@ -148,8 +148,8 @@ def _finish(plan: Plan, tracked: Tracked, watch: Watch) -> ModelVersion:
         try:
             uri, run_id = tracked.run()
             registry.log_params(uri, run_id, {f"reference.{k}": v for k, v in watch.references().items()})
-            registry.log_artifacts(uri, run_id, folder / "recipe.yaml")
-            registry.log_artifacts(uri, run_id, folder / "lineage.json")
+            for name in ("recipe.yaml", "lineage.json", "freezing.json"):
+                registry.log_artifacts(uri, run_id, folder / name)
             if plan.run.model is not None:
                 name, alias = plan.run.model.name, plan.run.model.alias
                 version = registry.register(folder, name, alias, run_id, uri=uri, lineage=lineage)

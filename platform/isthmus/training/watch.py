@@ -78,6 +78,8 @@ class Watch:
         elif kind == "unreadable":
             with self.quarantine.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({k: v for k, v in event.items() if k != "kind"}, default=str) + "\n")
+        elif kind == "verdict":
+            self.quarantine.with_name("freezing.txt").write_text(event["table"] + "\n", encoding="utf-8")
         elif kind == "skipped":
             self.say(f"A checkpoint was passed over: {event['reason']}")
         elif kind == "resumed" and self.shown:

@@ -21,10 +21,11 @@ from isthmus.config import RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
 from isthmus.data.quarantine import check_cut
 from isthmus.errors import IsthmusError
+from isthmus.models.freezing import freeze, verdict_table
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
-from isthmus.training.zero import build_engine, gather_trainable, resolve_precision, run_forward, set_learning_rate
+from isthmus.training.zero import build_engine, gather_owned, resolve_precision, run_forward, set_learning_rate
 
 _PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store|cuda error", re.IGNORECASE)
 """What torch, gloo and NCCL write into the plain RuntimeError by which one hears of a dead peer or a lost device."""
@@ -192,6 +193,7 @@ class Worker:
         self.precision = self.comm.broadcast(here)
         self.stage = self._build()
         if self.first:
+            self._note("verdict", table=verdict_table(self.stage.module))
             known = self.stage.references(self.train_config.global_batch)
             self._note("references", references={f"loss_{k}": asdict(v) for k, v in known.items()})
         self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
@@ -217,6 +219,7 @@ class Worker:
             bf16=self.precision == "bf16",
         )
         stage: Stage = self.job.spec.build(self.run.method, context)
+        freeze(stage.module, self.train_config.frozen)
         stage.module.train()
         # Dropout differs between ranks from here on; parameters were initialised alike.
         torch.manual_seed(seed * 1_000_003 + self.comm.rank)
@@ -351,7 +354,7 @@ class Worker:
 
     def _export(self) -> None:
         """Rank 0 writes the artefact folder; ZeRO 3 gathers its parameters on the way."""
-        state = gather_trainable(self.stage.module, stage=self.run.zero.stage, keep=self.first)
+        state = gather_owned(self.stage.module, stage=self.run.zero.stage, keep=self.first)
         if self.first:
             from isthmus.methods.artefact import save_artefact
             from isthmus.registry.manifest import with_bases
@@ -365,7 +368,7 @@ class Worker:
             self._note(
                 "exported", url=target,
                 precision=self.precision,
-                trainable=sum(t.numel() for t in state.values()),
+                trainable=sum(_numel(p) for p in self.stage.module.parameters() if p.requires_grad),
                 frozen=sum(_numel(p) for p in self.stage.module.parameters() if not p.requires_grad),
                 bases=facts["bases"],
             )  # fmt: skip

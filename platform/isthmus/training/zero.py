@@ -15,6 +15,7 @@ from torch import nn
 
 from isthmus.config import RunConfig
 from isthmus.contracts import Batch, LossTerms
+from isthmus.models.freezing import owned_parameters
 from isthmus.training.optimizer import parameter_groups
 
 
@@ -152,8 +153,8 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
-def gather_trainable(module: nn.Module, *, stage: int, keep: bool) -> dict[str, torch.Tensor]:
-    """Trainable parameters by name as fp32 CPU copies. Collective under ZeRO 3, whose parameters are partitioned.
+def gather_owned(module: nn.Module, *, stage: int, keep: bool) -> dict[str, torch.Tensor]:
+    """The parameters outside the backbones by name as fp32 CPU copies. Collective under ZeRO 3, which partitions them.
 
     Args:
         module: the bare module, not the engine.
@@ -161,9 +162,7 @@ def gather_trainable(module: nn.Module, *, stage: int, keep: bool) -> dict[str, 
         keep: False on the ranks that need no copy; they take part and get an empty dict.
     """
     state: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in owned_parameters(module).items():
         with _gathered(parameter, stage):
             if keep:
                 state[name] = parameter.detach().to("cpu", torch.float32, copy=True)

@@ -1,5 +1,6 @@
 """A cache is resumable, refuses to mix, and is read by memory map."""
 
+import json
 import pickle
 import sys
 import types
@@ -120,7 +121,7 @@ def test_plans_are_not_mixed(dataset: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match="dtype differ"):
         build_cache(dataset, out, VisionConfig(), dtype="float32")
     with pytest.raises(DataError, match=r"another plan: vision differ"):
-        build_cache(dataset, out, VisionConfig(layer=-2))
+        build_cache(dataset, out, VisionConfig(layer=-1))
     (tmp_path / "cache" / "cache.json").unlink()
     monkeypatch.setattr(FakeEncoder, "digest", "base-2")
     with pytest.raises(DataError, match="encoder_digest differ"):
@@ -129,6 +130,19 @@ def test_plans_are_not_mixed(dataset: str, tmp_path: Path, monkeypatch: pytest.M
     index(dataset)
     with pytest.raises(DataError, match="manifest_digest"):
         build_cache(dataset, out, VisionConfig())
+
+
+def test_a_cache_of_before_a_setting_existed_is_still_the_same(dataset: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "cache")
+    build_cache(dataset, out, VisionConfig())
+    for name in ("cache.json", "plan.json"):
+        facts = json.loads((tmp_path / "cache" / name).read_text())
+        del facts["vision"]["options"]
+        (tmp_path / "cache" / name).write_text(json.dumps(facts))
+    built = FakeEncoder.built
+    assert build_cache(dataset, out, VisionConfig()).reused == 3 and FakeEncoder.built == built
+    (tmp_path / "cache" / "cache.json").unlink()
+    assert build_cache(dataset, out, VisionConfig()).reused == 3
 
 
 def test_expectations_are_checked_on_opening(dataset: str, tmp_path: Path) -> None:

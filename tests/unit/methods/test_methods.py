@@ -15,7 +15,7 @@ from isthmus.contracts import Base, Captions, Embeds, Matches, Sees
 from isthmus.errors import RegistryError, WeightsError
 from isthmus.methods import METHODS, method_configs
 from isthmus.methods.artefact import load_artefact, save_artefact
-from isthmus.models.freezing import state_digest, trainable_state
+from isthmus.models.freezing import owned_state, state_digest
 from method_cases import batch, build, recipe, run_config, samples
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
@@ -114,9 +114,9 @@ def test_a_padding_row_changes_nothing(method: str, folder: Path) -> None:
 @EVERY
 def test_building_twice_gives_the_same_start(method: str, folder: Path) -> None:
     torch.manual_seed(1)
-    first = trainable_state(build(recipe(method, folder)).module)
+    first = owned_state(build(recipe(method, folder)).module)
     torch.manual_seed(2)
-    second = trainable_state(build(recipe(method, folder)).module)
+    second = owned_state(build(recipe(method, folder)).module)
     assert state_digest(first) == state_digest(second)
 
 
@@ -134,12 +134,12 @@ def test_saved_and_loaded_models_are_equal(method: str, folder: Path, tmp_path: 
         for p in stage.module.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.05)
-    save_artefact(tmp_path, trainable_state(stage.module), run_config(config), stage, {"data": "d" * 8})
+    save_artefact(tmp_path, owned_state(stage.module), run_config(config), stage, {"data": "d" * 8})
     back = load_artefact(tmp_path)
     assert back.recipe.method == config and back.lineage == {"data": "d" * 8}
     assert [base.role for base in back.bases] == [base.role for base in stage.bases]
     assert not back.stage.module.training
-    assert state_digest(trainable_state(back.stage.module)) == state_digest(trainable_state(stage.module))
+    assert state_digest(owned_state(back.stage.module)) == state_digest(owned_state(stage.module))
     rows = batch(stage, samples(stage, 4))
     with torch.no_grad():
         pair = [m(rows).total for m in (stage.module.eval(), back.stage.module)]
@@ -150,7 +150,7 @@ def test_a_model_on_other_frozen_weights_is_refused(folder: Path, tmp_path: Path
     config = recipe("projector", folder)
     stage = build(config)
     bases = [Base(base.role, base.weights, "f" * 64) for base in stage.bases]
-    save_artefact(tmp_path, trainable_state(stage.module), run_config(config), stage, {}, bases=bases)
+    save_artefact(tmp_path, owned_state(stage.module), run_config(config), stage, {}, bases=bases)
     with pytest.raises(WeightsError, match="was trained on ffffffffffff"):
         load_artefact(tmp_path, with_vision=False)
 
@@ -160,7 +160,7 @@ def test_incomplete_model_folders_are_named(folder: Path, tmp_path: Path) -> Non
         load_artefact(tmp_path)
     config = recipe("projector", folder)
     stage = build(config)
-    state = trainable_state(stage.module)
+    state = owned_state(stage.module)
     with pytest.raises(WeightsError, match="missing"):
         save_artefact(tmp_path, {}, run_config(config), stage, {})
     save_artefact(tmp_path, state, run_config(config), stage, {})

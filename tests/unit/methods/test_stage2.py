@@ -11,7 +11,7 @@ import torch
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.artefact import save_artefact
 from isthmus.methods.blip2_stage2 import NEW, in_text_branch, resolve
-from isthmus.models.freezing import trainable_state
+from isthmus.models.freezing import owned_state
 from method_cases import QFORMER, batch, build, recipe, run_config, samples
 
 
@@ -28,7 +28,7 @@ def parent(folder: Path) -> Path:
         for p in stage.module.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.1)
-    save_artefact(folder / "stage1", trainable_state(stage.module), run_config(config), stage, {})
+    save_artefact(folder / "stage1", owned_state(stage.module), run_config(config), stage, {})
     return folder / "stage1"
 
 
@@ -37,7 +37,7 @@ def test_it_takes_the_query_side_and_drops_exactly_the_text_side(folder: Path, p
     stage = build(config, parent=str(parent))
     from isthmus.methods.artefact import read_state
 
-    theirs, ours = read_state(parent), trainable_state(stage.module)
+    theirs, ours = read_state(parent), owned_state(stage.module)
     assert set(ours) - set(theirs) == NEW
     assert {name for name in theirs if in_text_branch(name)} == set(theirs) - set(ours)
     for name in set(ours) & set(theirs):
@@ -61,7 +61,7 @@ def test_the_recipe_is_filled_in_from_the_parents(folder: Path) -> None:
 
 def test_a_parent_that_does_not_fit_is_refused(folder: Path) -> None:
     module = build(recipe("blip2_stage2", folder)).module
-    state = trainable_state(module)
+    state = owned_state(module)
     with pytest.raises(WeightsError, match=r"lacks \['qformer.queries'\]"):
         module.load_stage1({k: v for k, v in state.items() if k != "qformer.queries"})
     with pytest.raises(WeightsError, match=r"holds \['stranger'\]"):

@@ -4,36 +4,49 @@ import pytest
 import torch
 from torch import nn
 
+from isthmus.contracts import Base
 from isthmus.errors import ConfigError, WeightsError
-from isthmus.models.freezing import freeze, load_trainable, state_digest, trainable_state, verdict_table
+from isthmus.models.freezing import freeze, freeze_all, load_owned, owned_state, state_digest, verdict_of, verdict_table
+
+
+class Backbone(nn.Linear):
+    base = Base("vision", "random", "0" * 64)
 
 
 def make() -> nn.Module:
+    """A frozen backbone, two parts that training owns."""
     torch.manual_seed(0)
-    return nn.ModuleDict({"vision": nn.Linear(3, 4), "bridge": nn.Linear(4, 2)})
+    backbone = Backbone(3, 4)
+    freeze_all(backbone)
+    return nn.ModuleDict({"vision": backbone, "bridge": nn.Linear(4, 2), "words": nn.Embedding(5, 2)})
 
 
-def test_a_verdict_for_every_parameter():
+def test_globs_freeze_what_they_match_and_nothing_else():
     module = make()
-    verdict = freeze(module, ["vision.*"])
-    assert verdict == {
+    freeze(module, ["words.*"])
+    assert verdict_of(module) == {
         "vision.weight": "frozen", "vision.bias": "frozen", "bridge.weight": "trained", "bridge.bias": "trained",
+        "words.weight": "frozen",
     }  # fmt: skip
-    assert {n for n, p in module.named_parameters() if p.requires_grad} == {"bridge.weight", "bridge.bias"}
-    assert freeze(module, []) == dict.fromkeys(verdict, "trained")
 
 
-def test_a_glob_that_matches_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"vison\.weight.*vision\.weight"):
-        freeze(make(), ["vison.weight"])
+@pytest.mark.parametrize("glob", ["bridg.weight", "vision.*"])
+def test_a_glob_that_matches_nothing_of_ours_is_refused(glob):
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        freeze(make(), [glob])
+
+
+def test_something_must_be_left_to_train():
+    with pytest.raises(ConfigError, match="leave nothing to train"):
+        freeze(make(), ["bridge.*", "words.*"])
 
 
 def test_the_table_sums_up():
     module = make()
-    freeze(module, ["vision.*"])
+    freeze(module, ["words.*"])
     lines = verdict_table(module, depth=1).splitlines()
     assert any(line.split() == ["vision", "frozen", "16"] for line in lines)
-    assert lines[-2].split() == ["all", "trained", "10"]
+    assert lines[-2].split() == ["all", "trained", "10"] and lines[-1].split() == ["all", "frozen", "26"]
 
 
 def test_the_digest_sees_names_types_shapes_and_every_byte():
@@ -57,25 +70,23 @@ def test_tied_tensors_are_two_names_of_one_content():
     assert state_digest({"a": shared, "b": shared}) == state_digest({"a": shared, "b": shared.clone()})
 
 
-def test_trainable_parameters_round_trip_and_stay_apart_from_the_module():
+def test_owned_parameters_round_trip_and_stay_apart_from_the_module():
     module, other = make(), make()
-    for m in (module, other):
-        freeze(m, ["vision.*"])
-    state = trainable_state(module)
+    freeze(module, ["words.*"])
+    state = owned_state(module)
     with torch.no_grad():
         module["bridge"].weight.zero_()
         other["bridge"].weight.fill_(7.0)
     assert state["bridge.weight"].abs().sum() > 0, "the state is a copy"
-    load_trainable(other, state)
+    load_owned(other, state)
     assert torch.equal(other["bridge"].weight, state["bridge.weight"])
-    assert set(state) == {"bridge.weight", "bridge.bias"}
+    assert set(state) == {"bridge.weight", "bridge.bias", "words.weight"}, "frozen by glob, but in no other place"
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "frozen", "shape"])
 def test_any_other_set_is_refused_and_nothing_written(change):
     module = make()
-    freeze(module, ["vision.*"])
-    state = {name: torch.zeros_like(t) for name, t in trainable_state(module).items()}
+    state = {name: torch.zeros_like(t) for name, t in owned_state(module).items()}
     if change == "missing":
         del state["bridge.bias"]
     elif change == "surplus":
@@ -86,5 +97,5 @@ def test_any_other_set_is_refused_and_nothing_written(change):
         state["bridge.bias"] = torch.zeros(3)
     before = state_digest(module)
     with pytest.raises(WeightsError):
-        load_trainable(module, state)
+        load_owned(module, state)
     assert state_digest(module) == before
