@@ -17,7 +17,9 @@ from method_cases import batch, build, recipe, samples
 
 pytestmark = pytest.mark.timeout(600)  # two processes import all methods, on a machine that may be busy
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
-GLOBAL, STEPS, LR = 8, 4, 0.05
+GLOBAL, STEPS = 8, 20
+LR = {"blip2_stage2": 0.0005}  # its small random language model is steep: larger steps blow up rounding
+LR_ELSE = 0.005
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in sorted(METHODS)},
@@ -52,7 +54,7 @@ def train(folder: Path, comm: Comm) -> dict[str, Any]:
                 first = gradients
             with torch.no_grad():
                 for n, p in parameters.items():
-                    p.sub_(LR * gradients[n])
+                    p.sub_(LR.get(name, LR_ELSE) * gradients[n])
         found[name] = {
             "history": history,
             "first": first,
@@ -79,7 +81,7 @@ def test_two_ranks_equal_one(case: str, results: Results) -> None:
     for step, (ours, theirs) in enumerate(zip(one["history"], two["history"], strict=True)):
         assert theirs == pytest.approx(ours, abs=1e-5), f"step {step}"
     torch.testing.assert_close(two["first"], one["first"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(two["after"], one["after"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["after"], one["after"], rtol=0, atol=1e-5)
     assert results[1][1][case]["history"] == two["history"]
 
 

@@ -35,6 +35,13 @@ def test_closed_forms() -> None:
     assert language_reference(30523).chance == pytest.approx(10.326, abs=1e-3)
 
 
+def test_smoothing_leaves_its_floor_and_nothing_lower() -> None:
+    labels = torch.tensor([[0, 3, 2]])
+    best = torch.log(F.one_hot(torch.tensor([[3, 2, 0]]), 9) * 0.9 + 0.1 / 9)  # the smoothed target itself
+    found = next_token_loss(best, labels, lambda x: x, LocalComm(), smoothing=0.1)
+    assert float(found) == pytest.approx(language_reference(9, 0.1).floor, abs=1e-6)
+
+
 def test_a_batch_without_targets_is_zero_and_keeps_the_head_in_the_graph() -> None:
     head = torch.nn.Linear(4, 9)
     loss = next_token_loss(torch.randn(2, 3, 4), torch.full((2, 3), IGNORED), head, LocalComm())

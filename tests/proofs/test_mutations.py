@@ -1,0 +1,111 @@
+"""The classic ways to get BLIP-2 wrong, planted one at a time: each must make its named test fail.
+
+A copy of the package gets one change; the named test runs against the copy in a process of its own. Without the change
+the same test passes, which the ordinary suite shows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+UNIT = "tests/unit"
+MUTATIONS = {
+    "a_own_pair_may_be_drawn_as_negative": Mutation(
+        "losses/matching.py",
+        "logits_BG.float().masked_fill(forbidden_BG, -torch.inf).softmax(1)",
+        "logits_BG.float().softmax(1)",
+        f"{UNIT}/losses/test_matching.py::test_a_positive_is_never_drawn",
+    ),
+    "b_itg_mask_bidirectional": Mutation(
+        "models/qformer.py",
+        "text_BTT = keys_BT.unsqueeze(1) & order",
+        "text_BTT = keys_BT.unsqueeze(1) & torch.ones_like(order)",
+        f"{UNIT}/models/test_qformer.py::test_one_pass_and_cached_generation_agree",
+    ),
+    "c_smoothing_dropped_from_itc": Mutation(
+        "losses/contrastive.py",
+        "return -(1 - smoothing) * hit_B - smoothing *",
+        "return -hit_B - 0.0 *",
+        f"{UNIT}/losses/test_contrastive.py::test_perfect_separation_reaches_the_smoothing_floor",
+    ),
+    "c_smoothing_dropped_from_itg": Mutation(
+        "losses/language.py",
+        "label_smoothing=smoothing",
+        "label_smoothing=0.0",
+        f"{UNIT}/losses/test_language_loss.py::test_smoothing_leaves_its_floor_and_nothing_lower",
+    ),
+    "d_queries_start_at_zero": Mutation(
+        "models/qformer.py",
+        "        self.copy_text_ffn()\n\n    def copy_text_ffn",
+        "        nn.init.zeros_(self.queries)\n        self.copy_text_ffn()\n\n    def copy_text_ffn",
+        f"{UNIT}/models/test_qformer.py::test_start_copies_the_text_ffn_and_draws_the_queries",
+    ),
+    "e_labels_not_shifted": Mutation(
+        "losses/language.py",
+        "targets_BT = labels_BT[:, 1:]",
+        "targets_BT = labels_BT[:, :-1]",
+        f"{UNIT}/losses/test_language_loss.py::test_label_t_plus_1_is_asked_of_position_t",
+    ),
+    "f_gather_order_permuted_across_ranks": Mutation(
+        "training/comm.py",
+        "    _all_gather(out, x.contiguous(), group=group)\n    return out",
+        "    _all_gather(out, x.contiguous(), group=group)\n    return out.roll(len(x), 0)",
+        "tests/distributed/test_comm.py::test_gather_concatenates_in_rank_order_and_sums_gradients",
+    ),
+    "g_padding_not_masked": Mutation(
+        "models/qformer.py",
+        "    keys_BT = mask.bool()",
+        "    keys_BT = torch.ones_like(mask.bool())",
+        f"{UNIT}/models/test_qformer.py::test_longer_padding_changes_nothing",
+    ),
+    "h_ranks_counted_optimistically_images": Mutation(
+        "evaluation/retrieval.py",
+        "ahead = (scores_C[wrong].unsqueeze(0) >= right",
+        "ahead = (scores_C[wrong].unsqueeze(0) > right",
+        f"{UNIT}/evaluation/test_retrieval.py::test_a_model_that_says_the_same_of_everything_recalls_nothing",
+    ),
+    "h_ranks_counted_optimistically_captions": Mutation(
+        "evaluation/retrieval.py",
+        "(sims_RN >= own_R1).sum(dim=1)",
+        "1 + (sims_RN > own_R1).sum(dim=1)",
+        f"{UNIT}/evaluation/test_retrieval.py::test_a_model_that_says_the_same_of_everything_recalls_nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_the_mutation_is_caught(name: str, repository: Path, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    source = tmp_path / "platform"
+    shutil.copytree(repository / "platform", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    file = source / "isthmus" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.right) == 1, f"{mutation.file} no longer holds what this mutation changes"
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1, found.stdout[-3000:] + found.stderr[-1000:]  # 1: tests ran, and some failed
+    assert "AssertionError" in found.stdout or "Failed:" in found.stdout, found.stdout[-3000:]
