@@ -215,7 +215,9 @@ def _sequence(features: Tensor, model: nn.Module, config: VisionConfig) -> Tenso
 
 
 def _shape(features: Any) -> str:
-    return f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+    if isinstance(features, Tensor):
+        return f"a tensor of shape {tuple(features.shape)}"
+    return f"a {type(features).__name__} of {len(features)}" if hasattr(features, "__len__") else type(features).__name__
 
 
 def _is_map(model: nn.Module) -> bool:

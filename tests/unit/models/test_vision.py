@@ -52,6 +52,30 @@ def test_the_paper_s_encoder_has_its_published_shape():
     assert (spec.tokens, spec.width, spec.image_size) == (257, 1408, 224)
 
 
+CLIP, IMAGENET, HALF = (0.48145466, 0.4578275, 0.40821073), (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens", "width", "mean"),
+    [
+        ("eva_giant_patch14_224.clip_ft_in1k", None, 257, 1408, CLIP),
+        ("eva_giant_patch14_224.clip_ft_in1k", 364, 677, 1408, CLIP),  # COCO fine-tuning: 26 x 26 patches
+        ("vit_large_patch14_clip_quickgelu_224.openai", None, 257, 1024, CLIP),
+        ("vit_small_patch14_dinov2.lvd142m", 224, 257, 384, IMAGENET),
+        ("vit_small_patch14_reg4_dinov2.lvd142m", 224, 261, 384, IMAGENET),
+        ("vit_base_patch16_siglip_224.webli", 384, 576, 768, HALF),
+        ("convnext_tiny", None, 196, 384, IMAGENET),
+        ("efficientnet_b0", None, 49, 320, IMAGENET),
+    ],
+)
+def test_families_by_default_give_their_second_last_block_s_tokens_and_their_own_pixels(
+    name, size, tokens, width, mean
+):
+    spec = describe_vision(VisionConfig(name=name, weights="timm", image_size=size))
+    assert (spec.tokens, spec.width) == (tokens, width)
+    assert (spec.transform.mean, spec.transform.interpolation) == (mean, "bicubic")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
 def test_other_families_give_tokens_from_the_last_two_layers(name):
     last, before = (describe_vision(VisionConfig(name=name, weights="random", layer=k)) for k in (-1, -2))
