@@ -259,9 +259,9 @@ def test_vqa_files_that_are_refused(read: Callable[..., Layout], asked: Any, ans
 
 
 def test_files_that_are_no_json_are_named(read: Callable[..., Layout]) -> None:
-    with pytest.raises(DataError, match="annotations.txt is not valid JSON"):
+    with pytest.raises(DataError, match=r"annotations\.txt is not valid JSON"):
         read("coco", annotations="{")
-    with pytest.raises(DataError, match="annotations.txt holds no JSON object"):
+    with pytest.raises(DataError, match=r"annotations\.txt holds no JSON object"):
         read("coco", annotations="[]")
 
 
