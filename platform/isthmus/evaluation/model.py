@@ -122,4 +122,5 @@ class LoadVersion:
 
             fixed = f"models:/{version.name}/{version.version}" if version.name and version.version else version.uri
             version = store.resolve(fixed, self.config.tracking)
-        return load(version, with_vision=self.config.cache is None, gpu=self.config.gpus_per_worker > 0)
+        gpu = self.config.gpus_per_worker > 0 if self.config.workers else None  # in this process: where there is one
+        return load(version, with_vision=self.config.cache is None, gpu=gpu)

@@ -76,10 +76,9 @@ def test_normalisation(raw: str, official: str) -> None:
 
 
 def test_a_mark_is_judged_by_the_text_as_it_came() -> None:
-    # After '-' has become a space, '/' would stand beside one; it did not in the beginning, so it becomes a space too.
-    assert normalise("a1-/b2") == "a1 b2"
-    assert normalise("x/-y") == "x y"
-    assert normalise("x/ -y") == "x y" and normalise("x/y z-w") == "x y z w"
+    # Once '/' has become a space, a '-' stands beside one. Judged then, every "-" would be deleted: "q r xy".
+    assert normalise("q/-r x-y") == "q r x y"
+    assert normalise("q -r x-y") == "q r xy"
 
 
 def test_the_table_is_the_official_one() -> None:
