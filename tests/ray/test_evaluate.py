@@ -13,7 +13,7 @@ import pytest
 from isthmus.config import EvaluateConfig
 from isthmus.contracts import ModelVersion
 from isthmus.data.manifest import index
-from isthmus.errors import ConfigError, DataError, IsthmusError
+from isthmus.errors import ConfigError, IsthmusError
 from isthmus.evaluation.driver import evaluate
 from isthmus.evaluation.model import Loaded
 from isthmus.testing.shards import image_bytes, write_tar
@@ -45,7 +45,7 @@ def loader(fault: str = "", mark: str = "") -> Callable[[], Loaded]:
     """Makes a model whose vectors and words are functions of pixels and letters. Local: it travels by value.
 
     Args:
-        fault: "die" ends the process at its second batch, once in all; "lose" drops a row; "refuse" cannot be loaded.
+        fault: "die" ends the process at its second batch, once in all; "refuse" cannot be loaded.
         mark: a file that the first death leaves behind.
     """
 
@@ -84,11 +84,10 @@ def loader(fault: str = "", mark: str = "") -> Callable[[], Loaded]:
 
             def generate(self, features_BND: torch.Tensor, prompt: Any = "", **how: Any) -> list[str]:
                 prompts = [prompt] * len(features_BND) if isinstance(prompt, str) else prompt
-                lost = 1 if fault == "lose" else 0
-                level = features_BND.mean(dim=(1, 2)).tolist()[lost:]
+                level = features_BND.mean(dim=(1, 2)).tolist()
                 return [
                     f"picture {round(1000 * v)} of {p}" if not p else ["yes", "no"][round(1e4 * v) % 2]
-                    for v, p in zip(level, prompts[lost:], strict=True)
+                    for v, p in zip(level, prompts, strict=True)
                 ]
 
         transform = ImageTransform(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -131,13 +130,11 @@ def test_one_and_two_workers_and_this_process_agree(ray_cluster: Any, data: Path
 def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(ray_cluster: Any, data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": ("retrieval",), "rerank": 0}
     mark = tmp_path / "died"
-    assert run(data, 2, loader("die", str(mark)), **options) == run(data, 0, loader(), **options)
+    assert run(data, 1, loader("die", str(mark)), **options) == run(data, 0, loader(), **options)
     assert mark.exists()
 
 
 def test_what_goes_wrong_in_a_worker_is_told(ray_cluster: Any, data: Path) -> None:
-    with pytest.raises(DataError, match="gave 2 texts for 3 prompts"):
-        run(data, 1, loader("lose"), tasks=("captioning",))
     with pytest.raises(ConfigError, match="The model is gone"):
         run(data, 1, loader("refuse"))
     with pytest.raises(IsthmusError, match="cannot work in Ray actors"):
