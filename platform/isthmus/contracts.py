@@ -233,7 +233,7 @@ class Embeds(Protocol):
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors, float32 [B, E]."""
+        """Unit vectors, float32 [B, E]. Optional for a method: ``max_length``, tokens of a text."""
         ...
 
 
@@ -242,7 +242,16 @@ class Matches(Protocol):
     """A module that scores given image-text pairs jointly (ITM)."""
 
     def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
-        """Logit of 'these belong together', float32 [B]."""
+        """Logit of 'these belong together', float32 [B]. Optional for a method: ``max_length``, tokens of a text."""
+        ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A module that decides whether an image and a text belong together (ITM as a classifier)."""
+
+    def match_margin(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
+        """Log-odds of 'these belong together', float32 [B]: above 0 is a yes."""
         ...
 
 
@@ -254,13 +263,13 @@ class Captions(Protocol):
         self,
         features_BND: Tensor,
         *,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
     ) -> list[str]:
-        """One stripped caption per image."""
+        """One stripped caption per image; ``prompt`` is one for all of them, or one each."""
         ...
 
 

@@ -45,9 +45,13 @@ def embed(words: Words) -> None:
 def evaluate(words: Words) -> None:
     """Held-out figures of a model, beside chance and a shuffled control.
 
+    Tasks: retrieval, captioning, vqa, classification, matching. The data is an indexed set, or a published layout.
+
     Examples:
       $ isthmus evaluate model=models:/demo-stage1@candidate data=data/demo/heldout
       $ isthmus evaluate model=models:/demo-stage2@candidate data=data/demo/heldout tasks='["captioning"]'
+      $ isthmus evaluate model=models:/vqa@champion tasks='["vqa"]' workers=4 layout.kind=vqav2 \\
+          layout.images=s3://b/val2014 layout.questions=questions.json layout.annotations=annotations.json
     """
     from isthmus.config import EvaluateConfig
 

@@ -1,6 +1,7 @@
 """Typed recipes: YAML -> frozen pydantic models that refuse unknown keys."""
 
 from isthmus.config.base import Config, MethodConfig
+from isthmus.config.evaluation import ClassificationConfig, EvaluateConfig, LayoutConfig, MatchingConfig, VqaConfig
 from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
 from isthmus.config.places import Place, absolute, anchored
 from isthmus.config.schema import (
@@ -8,7 +9,6 @@ from isthmus.config.schema import (
     ClusterConfig,
     DataConfig,
     EmbedConfig,
-    EvaluateConfig,
     LanguageConfig,
     QFormerConfig,
     RegisterConfig,
@@ -23,12 +23,15 @@ from isthmus.config.schema import (
 
 __all__ = [
     "CaptionConfig",
+    "ClassificationConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "LanguageConfig",
+    "LayoutConfig",
+    "MatchingConfig",
     "MethodConfig",
     "Place",
     "QFormerConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VisionConfig",
+    "VqaConfig",
     "ZeroConfig",
     "absolute",
     "anchored",

@@ -199,30 +199,6 @@ class RunConfig(Config):
         return self
 
 
-class EvaluateConfig(Config):
-    """Held-out figures of one registered model."""
-
-    model: Source = Field(description="models:/NAME@ALIAS or a folder")
-    data: Source = Field(description="URL of an indexed data set")
-    cache: MaybeSource = None
-    tasks: tuple[Literal["retrieval", "captioning"], ...] = ("retrieval",)
-    captions: MaybeSource = Field(None, description="score these bulk captions instead of generating")
-    rerank: Annotated[int, Field(ge=0)] = Field(0, description="re-rank the best k by ITM; 0 is off")
-    limit: Positive | None = None
-    batch: Positive = 64
-    captions_per_image: Literal["first", "all"] = Field(
-        "first", description="retrieval: which captions of an image take part; all of them are its positives"
-    )
-    prompt: str = Field("", description="captioning: text between the soft prompt and the caption")
-    max_new_tokens: Positive = 20
-    min_new_tokens: Annotated[int, Field(ge=0)] = 1
-    num_beams: Positive = 1
-    meteor: bool = Field(False, description="captioning: METEOR too; needs Java, 2 GB and up to a minute to start")
-    seed: int = 0
-    out: MaybeOutput = Field(None, description="folder for metrics.json and rows.parquet")
-    tracking: TrackingConfig = TrackingConfig()
-
-
 class CaptionConfig(Config):
     """Bulk captioning of an image lake, exactly once."""
 

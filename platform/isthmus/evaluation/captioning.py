@@ -1,4 +1,4 @@
-"""Caption scores as the COCO evaluation computes them: BLEU-1..4, ROUGE-L, CIDEr-D, METEOR on request (it needs Java).
+"""Caption scores as the COCO evaluation computes them: BLEU-1..4, ROUGE-L, CIDEr-D, and METEOR and SPICE by Java.
 
 The scorers are pycocoevalcap's own classes; the tokens come from :mod:`isthmus.evaluation.ptb` instead of a Java
 program. CIDEr's document frequencies are those of the evaluated images: a subset gives another value, and a single
@@ -8,55 +8,67 @@ image gives 0.
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation import java
 from isthmus.evaluation.ptb import tokenize
+
+Meteor = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Corpus scores (natural scale, papers print x100) and each image's share, in the order of ``ids``."""
+    """Corpus scores (natural scale, papers print x100) and each image's share, in the order of ``ids``.
+
+    ``not_computed`` names the scores that are missing, with the reason.
+    """
 
     metrics: dict[str, float]
     ids: tuple[int, ...]
     cider: tuple[float, ...]
     bleu_4: tuple[float, ...]
     rouge_l: tuple[float, ...]
+    not_computed: dict[str, str] = field(default_factory=dict)
 
 
 def score_captions(
-    candidates: Mapping[int, str], references: Mapping[int, Sequence[str]], *, meteor: bool = False
+    candidates: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    *,
+    meteor: Meteor = False,
+    spice_jars: str | None = None,
 ) -> CaptionScores:
     """One caption per image against all captions of that image.
 
     Args:
         candidates: image id -> generated caption; an empty caption scores 0.
         references: image id -> its captions.
-        meteor: METEOR too. Off by default: it starts a Java program of 2 GB, which takes up to a minute.
+        meteor: METEOR too, a Java program of 2 GB that takes seconds to a minute; "auto" where it runs.
+        spice_jars: folder of SPICE's jars, for SPICE too.
 
     Raises:
         DataError: the ids are not the same on both sides, or an image has no reference.
-        ConfigError: METEOR is asked for and Java is not there.
+        ConfigError: METEOR is demanded (True) and cannot run, or SPICE's jars are not there.
     """
     _same_images(candidates, references)
     ids = sorted(references)
     given = {i: [tokenize(candidates[i])] for i in ids}
     wanted = {i: [tokenize(text) for text in references[i]] for i in ids}
-    return _score(ids, given, wanted, meteor)
+    return _score(ids, given, wanted, meteor, spice_jars)
 
 
 def score_tokens(
-    candidates: Mapping[int, str], references: Mapping[int, Sequence[str]], *, meteor: bool = False
+    candidates: Mapping[int, str], references: Mapping[int, Sequence[str]], *, meteor: Meteor = False
 ) -> CaptionScores:
     """:func:`score_captions` for captions that are tokenised already (tokens joined by spaces)."""
     _same_images(candidates, references)
     ids = sorted(references)
-    return _score(ids, {i: [candidates[i]] for i in ids}, {i: list(references[i]) for i in ids}, meteor)
+    return _score(ids, {i: [candidates[i]] for i in ids}, {i: list(references[i]) for i in ids}, meteor, None)
 
 
 def derangement(count: int, seed: int) -> list[int]:
@@ -80,7 +92,9 @@ def permuted(candidates: Mapping[int, str], seed: int) -> dict[int, str]:
     return {ids[to]: candidates[ids[at]] for at, to in enumerate(derangement(len(ids), seed))}
 
 
-def _score(ids: list[int], given: dict[int, list[str]], wanted: dict[int, list[str]], meteor: bool) -> CaptionScores:
+def _score(
+    ids: list[int], given: dict[int, list[str]], wanted: dict[int, list[str]], meteor: Meteor, spice_jars: str | None
+) -> CaptionScores:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -91,28 +105,31 @@ def _score(ids: list[int], given: dict[int, list[str]], wanted: dict[int, list[s
     cider, cider_each = Cider().compute_score(wanted, given)
     metrics = {f"bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
     metrics |= {"rouge_l": float(rouge), "cider": float(cider)}
+    missing = dict[str, str]()
     if meteor:
-        metrics["meteor"] = _meteor(given, wanted)
+        try:
+            metrics["meteor"] = java.meteor(given, wanted)
+        except java.NotComputedError as error:
+            if meteor is True:
+                raise ConfigError(f"{error.reason}.", "Mend that, or set meteor=auto or meteor=false.") from error
+            missing["meteor"] = error.reason
+    else:
+        missing["meteor"] = "it was not asked for (meteor=auto computes it where Java is)"
+    if spice_jars:
+        try:
+            metrics["spice"] = java.spice(given, wanted, spice_jars)
+        except java.NotComputedError as error:
+            missing["spice"] = error.reason
+    else:
+        missing["spice"] = "no spice_jars were given, and none are downloaded"
     return CaptionScores(
         metrics=metrics,
         ids=tuple(ids),
         cider=tuple(float(v) for v in cider_each),
         bleu_4=tuple(float(v) for v in bleu_each[3]),
         rouge_l=tuple(float(v) for v in np.asarray(rouge_each)),
+        not_computed=missing,
     )
-
-
-def _meteor(given: dict[int, list[str]], wanted: dict[int, list[str]]) -> float:
-    """METEOR 1.5, a Java program inside pycocoevalcap."""
-    if not shutil.which("java"):
-        raise ConfigError("METEOR needs Java, and there is no 'java' on the path.", "Install it, or set meteor=false.")
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    try:
-        value, _ = Meteor().compute_score(wanted, given)
-    except (OSError, ValueError) as error:  # no memory for its heap, or a read-only or broken installation
-        raise ConfigError(f"METEOR cannot run: {error}.", "Give Java 2 GB of memory, or set meteor=false.") from error
-    return float(value)
 
 
 def _same_images(candidates: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Loaded:
         module: in eval mode on ``device``; implements some of Embeds, Matches, Captions, Sees.
         transform: PIL image -> float32 [3, H, W].
         vision_digest: of its frozen image encoder, "" where unknown; a feature cache must match it.
+        bases: the frozen parts that it stands on, in words.
     """
 
     version: ModelVersion
@@ -34,6 +36,7 @@ class Loaded:
     transform: Any
     device: str = "cpu"
     vision_digest: str = ""
+    bases: tuple[str, ...] = ()
 
     @property
     def uri(self) -> str:
@@ -81,11 +84,43 @@ def resolve(config: EvaluateConfig) -> ModelVersion:
     return version
 
 
-def load(version: ModelVersion, *, with_vision: bool) -> Loaded:
-    """The model's module on a GPU where there is one."""
+def load(version: ModelVersion, *, with_vision: bool, gpu: bool | None = None) -> Loaded:
+    """The model's module on a GPU where there is one.
+
+    Args:
+        gpu: True and False say which it has to be.
+
+    Raises:
+        ConfigError: a GPU is asked for, and torch sees none.
+    """
     from isthmus.methods.artefact import load_artefact
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("gpus_per_worker is set, but torch sees no CUDA device here.", "Set gpus_per_worker to 0.")
+    device = "cuda" if gpu or (gpu is None and torch.cuda.is_available()) else "cpu"
     artefact = load_artefact(version.path, with_vision=with_vision, device=device)
     vision = next((base.digest for base in artefact.bases if base.role == "vision"), "")
-    return Loaded(version, artefact.stage.module.to(device).eval(), artefact.stage.transform, device, vision)
+    bases = tuple(f"{base.role} {base.weights}" for base in artefact.bases)
+    return Loaded(version, artefact.stage.module.to(device).eval(), artefact.stage.transform, device, vision, bases)
+
+
+@dataclass(frozen=True)
+class LoadVersion:
+    """Loads one version of a model in any process; picklable.
+
+    Attributes:
+        version: as the driver resolved it, fixed to a number where the registry knows one.
+    """
+
+    version: ModelVersion
+    config: EvaluateConfig
+
+    def __call__(self) -> Loaded:
+        version = self.version
+        if not Path(version.path).is_dir():  # another node: fetch it here
+            from isthmus.registry import store
+
+            fixed = f"models:/{version.name}/{version.version}" if version.name and version.version else version.uri
+            version = store.resolve(fixed, self.config.tracking)
+        gpu = self.config.gpus_per_worker > 0 if self.config.workers else None  # in this process: where there is one
+        return load(version, with_vision=self.config.cache is None, gpu=gpu)

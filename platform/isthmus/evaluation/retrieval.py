@@ -9,10 +9,11 @@ only strictly higher scores would give it 100 %).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import comb
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,10 +88,11 @@ def retrieve(
     images, captions = images_NQE.shape[0], texts_CE.shape[0]
     positives = _positives(owner_C, images)
     tr_rank, tr_ap, top_captions = [], [], []
-    for rows in _chunks(images, captions * images_NQE.shape[1]):
-        sims_RC = _similarity(images_NQE[rows], texts_CE)
-        if rerank and score is not None:
-            sims_RC = _reranked(sims_RC, rows, rerank, score)
+    reranking = bool(rerank and score is not None)
+    for rows, sims_RC in _image_rows(images_NQE, texts_CE):
+        if reranking and score is not None:
+            wrong_first_RC = _wrong_first(sims_RC, [positives[row] for row in rows.tolist()])
+            sims_RC = _reranked(sims_RC, wrong_first_RC, rows, rerank, score)
         top_captions.append(sims_RC.topk(min(10, captions), dim=1).indices)
         for row, sims_C in zip(rows.tolist(), sims_RC, strict=True):
             ranks = pessimistic_ranks(sims_C, positives[row])
@@ -98,13 +100,13 @@ def retrieve(
             tr_rank.append(int(ranks[0]))
             tr_ap.append(average_precision(ranks))
     ir_rank, top_images = [], []
-    for rows in _chunks(captions, images * images_NQE.shape[1]):
-        sims_RN = _similarity(images_NQE, texts_CE[rows]).T
-        if rerank and score is not None:
-            sims_RN = _reranked(sims_RN, rows, rerank, lambda queries, found: score(found, queries))
+    for rows, sims_RN in _caption_rows(images_NQE, texts_CE):
+        own_R1 = owner_C[rows].unsqueeze(1)
+        if reranking and score is not None:
+            wrong_first_RN = _wrong_first(sims_RN, list(own_R1))
+            sims_RN = _reranked(sims_RN, wrong_first_RN, rows, rerank, lambda queries, found: score(found, queries))
         top_images.append(sims_RN.topk(min(10, images), dim=1).indices)
-        own_R1 = sims_RN.gather(1, owner_C[rows].unsqueeze(1))
-        ir_rank.append((sims_RN >= own_R1).sum(dim=1))  # counts itself: ranks start at 1
+        ir_rank.append((sims_RN >= sims_RN.gather(1, own_R1)).sum(dim=1))  # counts itself: ranks start at 1
     return Retrieval(
         tr_rank=torch.tensor(tr_rank),
         ir_rank=torch.cat(ir_rank),
@@ -134,7 +136,7 @@ def average_precision(ranks: Tensor) -> float:
     return float((torch.arange(1, len(ranks) + 1, dtype=torch.float64) / ranks).mean())
 
 
-def _similarity(images_NQE: Tensor, texts_CE: Tensor) -> Tensor:
+def similarity(images_NQE: Tensor, texts_CE: Tensor) -> Tensor:
     """[N, C]: one product per query token, so that the [N, C, Q] cube never exists."""
     best = images_NQE[:, 0] @ texts_CE.T
     for query in range(1, images_NQE.shape[1]):
@@ -142,21 +144,102 @@ def _similarity(images_NQE: Tensor, texts_CE: Tensor) -> Tensor:
     return best
 
 
-def _reranked(sims_RC: Tensor, rows: Tensor, k: int, score: Score) -> Tensor:
-    best = sims_RC.topk(min(k, sims_RC.shape[1]), dim=1)
-    queries = rows.repeat_interleave(best.indices.shape[1]).tolist()
-    logits = score(queries, best.indices.flatten().tolist()).reshape(best.indices.shape).to(sims_RC)
+def candidates(images_NQE: Tensor, texts_CE: Tensor, owner_C: Tensor, k: int) -> np.ndarray:
+    """The pairs that :func:`retrieve` will score, both ways, each once: sorted int64 image * C + caption."""
+    _check(images_NQE, texts_CE, owner_C)
+    captions = texts_CE.shape[0]
+    positives = _positives(owner_C, images_NQE.shape[0])
+    keys = []
+    for rows, sims_RC in _image_rows(images_NQE, texts_CE):
+        best = _best(_wrong_first(sims_RC, [positives[row] for row in rows.tolist()]), k)
+        keys.append((rows.unsqueeze(1) * captions + best).flatten())
+    for rows, sims_RN in _caption_rows(images_NQE, texts_CE):
+        best = _best(_wrong_first(sims_RN, list(owner_C[rows].unsqueeze(1))), k)
+        keys.append((best * captions + rows.unsqueeze(1)).flatten())
+    return np.unique(torch.cat(keys).numpy())
+
+
+def look_up(keys: np.ndarray, logits: np.ndarray, captions: int) -> Score:
+    """A ``score`` that reads logits made before.
+
+    Args:
+        keys: sorted pairs as :func:`candidates` gives them. logits: float32, one each.
+        captions: C.
+    """
+
+    def score(image_rows: Sequence[int], caption_rows: Sequence[int]) -> Tensor:
+        asked = np.asarray(image_rows, np.int64) * captions + np.asarray(caption_rows, np.int64)
+        places = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
+        if not np.array_equal(keys[places], asked):
+            raise DataError("Some pairs were not scored by the matching head.", "This is a fault; report it.")
+        return torch.from_numpy(logits[places])
+
+    return score
+
+
+def hardest_wrong(images_NQE: Tensor, texts_CE: Tensor, forbidden: Sequence[Tensor]) -> list[int | None]:
+    """Each image's most similar caption among those that are wrong for it; None where none is wrong.
+
+    Args:
+        forbidden: caption rows of each image that are not wrong.
+
+    Raises:
+        DataError: NaN or infinite embeddings.
+    """
+    _finite(images_NQE, texts_CE)
+    out: list[int | None] = []
+    for rows, sims_RC in _image_rows(images_NQE, texts_CE):
+        for row, sims_C in zip(rows.tolist(), sims_RC, strict=True):
+            sims_C[forbidden[row]] = -torch.inf
+            best = int(sims_C.argmax())
+            out.append(best if torch.isfinite(sims_C[best]) else None)
+    return out
+
+
+def _image_rows(images_NQE: Tensor, texts_CE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their similarities [R, C]) of all images, a chunk at a time."""
+    for rows in _chunks(images_NQE.shape[0], texts_CE.shape[0] * images_NQE.shape[1]):
+        yield rows, similarity(images_NQE[rows], texts_CE)
+
+
+def _caption_rows(images_NQE: Tensor, texts_CE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their similarities [R, N]) of all captions, a chunk at a time."""
+    for rows in _chunks(texts_CE.shape[0], images_NQE.shape[0] * images_NQE.shape[1]):
+        yield rows, similarity(images_NQE, texts_CE[rows]).T
+
+
+def _wrong_first(sims_RC: Tensor, positives: Sequence[Tensor]) -> Tensor:
+    """float64 [R, C]: right answers lowered by less than any two float32 numbers differ, so that a tie at the k-th
+    place is the wrong candidate's. Among equals, which of them reaches the re-ranker is otherwise luck."""
+    out = sims_RC.double()
+    for row, right in zip(out, positives, strict=True):
+        row[right] = torch.nextafter(row[right], row.new_tensor(-torch.inf))
+    return out
+
+
+def _best(wrong_first_RC: Tensor, k: int) -> Tensor:
+    return wrong_first_RC.topk(min(k, wrong_first_RC.shape[1]), dim=1).indices
+
+
+def _reranked(sims_RC: Tensor, wrong_first_RC: Tensor, rows: Tensor, k: int, score: Score) -> Tensor:
+    best = _best(wrong_first_RC, k)
+    queries = rows.repeat_interleave(best.shape[1]).tolist()
+    logits = score(queries, best.flatten().tolist()).reshape(best.shape).to(sims_RC)
     if not torch.isfinite(logits).all():
         raise DataError(
             "The matching head gave scores that are not finite numbers.", "The model is broken; retrain it."
         )
-    return torch.full_like(sims_RC, UNRANKED).scatter(1, best.indices, best.values + logits)
+    return torch.full_like(sims_RC, UNRANKED).scatter(1, best, sims_RC.gather(1, best) + logits)
 
 
-def _check(images_NQE: Tensor, texts_CE: Tensor, owner_C: Tensor) -> None:
+def _finite(images_NQE: Tensor, texts_CE: Tensor) -> None:
     for what, tensor in (("image", images_NQE), ("text", texts_CE)):
         if not torch.isfinite(tensor).all():
             raise DataError(f"Some {what} embeddings are not finite numbers.", "The model is broken; retrain it.")
+
+
+def _check(images_NQE: Tensor, texts_CE: Tensor, owner_C: Tensor) -> None:
+    _finite(images_NQE, texts_CE)
     if texts_CE.shape[0] != owner_C.shape[0]:
         raise DataError(f"There are {texts_CE.shape[0]} captions and {owner_C.shape[0]} owners.")
     missing = set(range(images_NQE.shape[0])) - set(owner_C.tolist())

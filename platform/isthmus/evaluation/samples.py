@@ -1,11 +1,9 @@
-"""What an evaluation reads: held-out samples, and captions that a bulk job has written."""
+"""Captions that a bulk job has written."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,72 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from isthmus import storage
-from isthmus.contracts import Sample
-from isthmus.data.features import FeatureCache
 from isthmus.data.manifest import Manifest
-from isthmus.data.readers import Failure
-from isthmus.data.stream import iter_samples
 from isthmus.errors import DataError
-
-log = logging.getLogger(__name__)
-
-
-class HeldOut:
-    """The first ``limit`` samples of an indexed data set, in manifest order; unreadable ones are counted.
-
-    Args:
-        url: data folder.
-        limit: how many samples; None for all.
-        batch: samples per group.
-        cache: URL of a feature cache, or None.
-
-    Raises:
-        DataError: not indexed, or without samples.
-    """
-
-    def __init__(self, url: str, limit: int | None, batch: int, cache: str | None) -> None:
-        self.manifest = Manifest.load(url)
-        self.rows = list(range(min(len(self.manifest), limit or len(self.manifest))))
-        self.failures: list[Failure] = []
-        self._batch, self._cache = batch, cache
-
-    def groups(self, transform: Any = None, *, images: bool = True, vision_digest: str = "") -> Iterator[list[Sample]]:
-        """Samples with cached features, or with pixels by ``transform``, or (``images=False``) with captions only.
-
-        Args:
-            transform: PIL image -> float32 [3, H, W].
-            images: False reads captions only.
-            vision_digest: the encoder that the cache must be of.
-
-        Raises:
-            DataError: a sample is doubled or missing in what the reader gives, or the cache is of something else.
-        """
-        self.failures.clear()
-        expect = {"manifest_digest": self.manifest.digest} | (
-            {"encoder_digest": vision_digest} if vision_digest else {}
-        )
-        cache = FeatureCache.open(self._cache, expect=expect) if self._cache and images else None
-        seen: list[int] = []
-        for group in iter_samples(
-            self.manifest,
-            transform=transform if images and cache is None else None,
-            cache=cache,
-            rows=self.rows,
-            batch=self._batch,
-        ):
-            seen += [item.id for item in group]
-            self.failures += [item for item in group if isinstance(item, Failure)]
-            good = [item for item in group if isinstance(item, Sample)]
-            if good:
-                yield good
-        wanted = [int(i) for i in self.manifest.ids[self.rows]]
-        if sorted(seen) != sorted(wanted):
-            raise DataError(
-                f"{self.manifest.root} gave {len(seen)} samples ({len(set(seen))} ids) where {len(wanted)} were asked.",
-                "Index the data set again, and build its feature cache again.",
-            )
-        for failure in self.failures[:3]:
-            log.warning("Not scored: %s in %s: %s", failure.key, failure.shard, failure.reason)
 
 
 @dataclass(frozen=True)

@@ -252,30 +252,39 @@ class Blip2Stage1(SeeingModule):
         return F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1)
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors, float32 [B, E]."""
-        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts])
+    def embed_texts(self, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
+        """Unit vectors, float32 [B, E]. ``max_length``: tokens kept of a text; the recipe's own by default."""
+        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts], max_length)
         return F.normalize(self.text_proj(self.qformer.pooled_text(ids_BT, mask_BT)).float(), dim=-1)
 
     @torch.no_grad()
-    def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
+    def match(self, features_BND: Tensor, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
         """Logit of 'these belong together', float32 [B].
 
         Raises:
             ConfigError: the model was trained without ITM.
         """
+        return self._judge(features_BND, texts, max_length)[:, 1]
+
+    @torch.no_grad()
+    def match_margin(self, features_BND: Tensor, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
+        """Log-odds of 'these belong together', float32 [B]. Raises as :meth:`match`."""
+        logits_B2 = self._judge(features_BND, texts, max_length)
+        return logits_B2[:, 1] - logits_B2[:, 0]
+
+    def _judge(self, features_BND: Tensor, texts: Sequence[str], max_length: int | None) -> Tensor:
         if self.itm_head is None:
             raise ConfigError("This model has no matching head: it was trained with weights.itm 0.", "Use rerank: 0.")
-        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts])
+        ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts], max_length)
         memory = self.qformer.remember(self._normalise(features_BND))
-        return self._match_logits(memory, ids_BT, mask_BT)[:, 1]
+        return self._match_logits(memory, ids_BT, mask_BT)
 
     @torch.no_grad()
     def generate(
         self,
         features_BND: Tensor,
         *,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
@@ -288,14 +297,14 @@ class Blip2Stage1(SeeingModule):
         """
         if self.qformer.lm_head is None:
             raise ConfigError("This model cannot caption: it was trained with weights.itg 0.", "Caption with stage 2.")
-        if num_beams != 1 or prompt:
+        if num_beams != 1 or any(prompt):
             raise ConfigError("Stage 1's own decoder is greedy and takes no prompt.", "Set num_beams: 1 and no prompt.")
         memory = self.qformer.remember(self._normalise(features_BND))
         rows = self.qformer.greedy(memory, self.tokenizer.sep_token_id, max_new_tokens, min_new_tokens)
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
 
-    def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.config.text.max_length)
+    def _tokenise(self, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
+        ids_BT, mask_BT = tokenise(self.tokenizer, texts, max_length or self.config.text.max_length)
         return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
 
 

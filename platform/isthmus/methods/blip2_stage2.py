@@ -174,16 +174,17 @@ class Blip2Stage2(SeeingModule):
         self,
         features_BND: Tensor,
         *,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
     ) -> list[str]:
-        """One stripped caption per image. An empty ``prompt`` means the recipe's own."""
+        """One stripped caption per image. ``prompt``: one for all, or one each; an empty one means the recipe's own."""
+        own = self.config.language.prompt
         captions: list[str] = self.language.generate(
             self.soft_prompt(features_BND),
-            prompt=prompt or self.config.language.prompt,
+            prompt=(prompt or own) if isinstance(prompt, str) else [text or own for text in prompt],
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             min_new_tokens=min_new_tokens,

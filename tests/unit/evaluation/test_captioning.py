@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.captioning import derangement, permuted, score_captions, score_tokens
 
 # The two-sentence set of Maluuba's nlg-eval, with the values its README prints.
@@ -32,10 +34,60 @@ def test_known_answers(score: object) -> None:
     assert metrics["cider"] == pytest.approx(1.242192, abs=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program")
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program, and there is no 'java' on the path")
 def test_known_meteor() -> None:
-    assert score_captions(HYPOTHESES, REFERENCES, meteor=True).metrics["meteor"] == pytest.approx(0.295797, abs=1e-6)
+    scores = score_captions(HYPOTHESES, REFERENCES, meteor="auto")
+    assert scores.metrics["meteor"] == pytest.approx(0.295797, abs=1e-6)
+    assert set(scores.not_computed) == {"spice"}
+
+
+def test_without_java_meteor_is_missing_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    scores = score_captions(HYPOTHESES, REFERENCES, meteor="auto")
+    assert "meteor" not in scores.metrics and "no 'java' on the path" in scores.not_computed["meteor"]
+    with pytest.raises(ConfigError, match="METEOR needs Java"):
+        score_captions(HYPOTHESES, REFERENCES, meteor=True)
+    assert "not asked for" in score_captions(HYPOTHESES, REFERENCES, meteor=False).not_computed["meteor"]
+
+
+def java_that(does: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a ``java`` on the path that runs a few lines of Python with the arguments it is given."""
+    program = folder / "bin" / "java"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nimport json, sys\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+def spice_folder(folder: Path) -> Path:
+    for name in ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar"):
+        (folder / "spice" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "spice" / name).write_bytes(b"")
+    return folder / "spice"
+
+
+def test_spice_is_computed_by_the_jars_that_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java_that(
+        "assert sys.argv[1] == '-jar' and sys.argv[3].endswith('spice/spice-1.0.jar'), sys.argv\n"
+        "asked = json.load(open(sys.argv[4]))\n"
+        "worth = lambda e: 0.5 if e['test'].startswith('this is the') and len(e['refs']) == 2 else 0.1\n"
+        "score = lambda e: {'All': {'f': worth(e)}}\n"
+        "json.dump([{'image_id': e['image_id'], 'scores': score(e)} for e in asked], open(sys.argv[6], 'w'))",
+        tmp_path,
+        monkeypatch,
+    )
+    jars = spice_folder(tmp_path)
+    scores = score_captions(HYPOTHESES, REFERENCES, spice_jars=str(jars))
+    assert scores.metrics["spice"] == pytest.approx(0.3) and "spice" not in scores.not_computed
+    (jars / "lib/stanford-corenlp-3.6.0-models.jar").unlink()
+    with pytest.raises(ConfigError, match=r"lacks lib/stanford-corenlp-\*-models.jar"):
+        score_captions(HYPOTHESES, REFERENCES, spice_jars=str(jars))
+
+
+def test_a_failing_spice_is_missing_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java_that("sys.exit('no room for the heap')", tmp_path, monkeypatch)
+    scores = score_captions(HYPOTHESES, REFERENCES, spice_jars=str(spice_folder(tmp_path)))
+    assert "spice" not in scores.metrics and "no room for the heap" in scores.not_computed["spice"]
 
 
 def test_identical_unique_captions_score_ten() -> None:

@@ -40,8 +40,11 @@ class Oracle(StageModule):
     def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
         return pixels_BCHW.mean(dim=(2, 3)).unsqueeze(1)
 
-    def generate(self, features_BND: Tensor, **how: Any) -> list[str]:
-        return [f" {self._name(row)} " for row in features_BND]
+    def generate(self, features_BND: Tensor, prompt: str | Sequence[str] = "", **how: Any) -> list[str]:
+        self.how = how
+        if isinstance(prompt, str):
+            return [f" {self._name(row)} " for row in features_BND]
+        return [f"{p} {self._name(row)}\n" for row, p in zip(features_BND, prompt, strict=True)]
 
     def embed_images(self, features_BND: Tensor) -> Tensor:
         rows = [self.texts.index(self._name(row)) for row in features_BND]
@@ -53,6 +56,9 @@ class Oracle(StageModule):
 
     def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
         return torch.tensor([float(self._name(f) == t) for f, t in zip(features_BND, texts, strict=True)])
+
+    def match_margin(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
+        return 2 * self.match(features_BND, texts) - 1
 
     def _name(self, features_ND: Tensor) -> str:
         return self.known[tuple(round(v, 4) for v in features_ND[0].tolist())]
@@ -88,7 +94,7 @@ def loaded(data: Path) -> Loaded:
 
 
 def config(data: Path, **options: Any) -> EvaluateConfig:
-    return EvaluateConfig(model="stand-in", data=str(data), batch=4, **options)
+    return EvaluateConfig(model="stand-in", data=str(data), batch=4, **{"meteor": False, **options})
 
 
 def test_an_oracle_is_perfect_and_its_permuted_captions_are_not(data: Path, loaded: Loaded, tmp_path: Path) -> None:
@@ -196,3 +202,222 @@ def test_embeddings_of_images_and_of_every_caption(data: Path, loaded: Loaded) -
     assert [v[0] for v in vectors] == [t["embedding"] for t in texts if t["caption_index"] == 0]
     only = EmbedWork(engine, manifest, None, 3, images=False, texts=True).process(range(2))
     assert only.table["embeddings"].to_pylist() == [None, None] and only.extras["texts"].num_rows == 4
+
+
+# ------------------------------------------------------------------------------------------------ further tasks
+
+
+def described(folder: Path, extras: Sequence[dict[str, Any]]) -> Path:
+    """A data set whose samples' JSON says more of the images."""
+    members: dict[str, bytes] = {}
+    for number, more in enumerate(extras):
+        members[f"s{number}.png"] = image_bytes(number)
+        members[f"s{number}.txt"] = f"picture number {number}".encode()
+        members[f"s{number}.json"] = json.dumps(more).encode()
+    write_tar(folder / "a.tar", members)
+    index(str(folder))
+    return folder
+
+
+def scored(folder: Path, task: str, **options: Any) -> dict[str, Any]:
+    model = Loaded(ModelVersion("", "", "", "stand-in"), oracle(folder).eval(), TRANSFORM)  # type: ignore[arg-type]
+    return evaluate(config(folder, tasks=(task,), **options), loaded=model)
+
+
+def test_questions_in_the_samples_are_answered_and_scored(tmp_path: Path) -> None:
+    asked = [
+        {
+            "questions": [
+                {"question": f"Which {n}?", "answers": [f"which {n}? picture number {n}"] * 9 + ["no"]},
+                {"question": "Other?", "answers": ["yes"] * 9 + ["no"], "question_type": "other"},
+            ]
+        }
+        for n in range(5)
+    ]
+    folder = described(tmp_path / "qa", asked)
+    out = tmp_path / "out"
+    result = scored(folder, "vqa", vqa={"prompt": "{}"}, out=str(out))
+    # The stand-in repeats the question and names the image, which is right for one question of each pair.
+    assert result["vqa_accuracy"] == pytest.approx(0.5)
+    # Blind: "yes" to the five of type other, and one of the five answers that occur nine times each to the rest.
+    assert result["vqa_accuracy_prior"] == pytest.approx(0.6)
+    assert result["vqa_accuracy_type/other"] == 0.0
+    assert (result["images"], result["questions"], result["num_beams"], result["length_penalty"]) == (5, 10, 5, -1.0)
+    answers = json.loads((out / "answers.json").read_text())
+    assert len({a["question_id"] for a in answers}) == 10 and answers[0]["answer"] == "which 0? picture number 0"
+    rows = pq.read_table(out / "rows.parquet").to_pylist()
+    assert [row["answer_scores"] for row in rows] == [[1.0, 0.0]] * 5
+    few = described(tmp_path / "few", [{"questions": [{"question": "Q?", "answer": "yes"}]} for _ in range(3)])
+    assert "defined over 10" in scored(few, "vqa")["not_computed"]["vqa_accuracy"]
+    with pytest.raises(DataError, match="holds no questions"):
+        scored(described(tmp_path / "none", [{}] * 2), "vqa")
+    doubled = [{"questions": [{"question": "Q?", "answer": "a", "question_id": 1}]}] * 2
+    with pytest.raises(DataError, match="holds the question 1 more than once"):
+        scored(described(tmp_path / "doubled", doubled), "vqa")
+
+
+def test_generation_settings_reach_the_model(tmp_path: Path) -> None:
+    folder = described(tmp_path / "qa", [{"questions": [{"question": "Q?", "answer": "a"}]}] * 2)
+    module = oracle(folder).eval()
+    model = Loaded(ModelVersion("", "", "", "stand-in"), module, TRANSFORM)  # type: ignore[arg-type]
+    evaluate(config(folder, tasks=("vqa",), vqa={"length_penalty": -2.0, "max_new_tokens": 3}), loaded=model)
+    assert module.how == {"num_beams": 5, "max_new_tokens": 3, "min_new_tokens": 1, "length_penalty": -2.0}
+    evaluate(config(folder, tasks=("captioning",), num_beams=2, length_penalty=0.5), loaded=model)
+    assert module.how == {"num_beams": 2, "max_new_tokens": 20, "min_new_tokens": 1, "length_penalty": 0.5}
+
+
+def test_labels_in_the_samples_are_the_classes(tmp_path: Path) -> None:
+    folder = described(tmp_path / "labels", [{"label": f"number {n}"} for n in range(7)])
+    result = scored(folder, "classification", classification={"templates": ["picture {}"]})
+    assert (result["top_1"], result["top_5"], result["mean_per_class_recall"]) == (1.0, 1.0, 1.0)
+    assert (result["classes"], result["top_1_chance"]) == (7, pytest.approx(1 / 7))
+    wrong = scored(folder, "classification", classification={"templates": ["nothing known {}"]})
+    assert wrong["top_1"] == 0.0  # every class looks alike, and ties are lost
+    with pytest.raises(DataError, match=r"1 images have no class \(first s1\)"):
+        scored(described(tmp_path / "some", [{"label": "a"}, {}]), "classification")
+
+
+def test_matching_on_mined_and_on_given_negatives(data: Path, loaded: Loaded, tmp_path: Path) -> None:
+    result = evaluate(config(data, tasks=("matching",)), loaded=loaded)
+    assert (result["itm_auc"], result["itm_accuracy"], result["negatives"]) == (1.0, 1.0, COUNT)
+    assert "ITC ranks highest" in result["negatives_from"]
+    given = described(tmp_path / "given", [{"negatives": [f"picture number {n}", "another"]} for n in (0, 2, 1)])
+    found = scored(given, "matching")
+    assert (found["negatives"], found["negatives_from"]) == (6, "the data set")
+    # The first image's own caption is among its negatives: a tie for that pair, five other pairs of six per image.
+    assert found["itm_auc"] == pytest.approx((3 * 5 + 3 * 0.5) / 18)
+    assert found["itm_accuracy_negative"] == pytest.approx(5 / 6) and found["itm_first"] == pytest.approx(2 / 3)
+    assert scored(given, "matching", matching={"negatives": "mined"})["itm_auc"] == 1.0
+    partly = described(tmp_path / "partly", [{"negatives": ["x"]}, {}])
+    with pytest.raises(DataError, match=r"1 images have no 'negatives' \(first s1\)"):
+        scored(partly, "matching")
+
+
+def test_equal_captions_are_no_negatives(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for number, text in enumerate(["same thing", "Same thing.", "other"]):
+        members |= {f"s{number}.png": image_bytes(number), f"s{number}.txt": text.encode()}
+    write_tar(tmp_path / "d" / "a.tar", members)
+    index(str(tmp_path / "d"))
+    out = tmp_path / "out"
+    assert scored(tmp_path / "d", "matching", out=str(out))["itm_auc"] == 1.0
+    rows = pq.read_table(out / "rows.parquet").to_pylist()
+    assert [row["match_negatives"] for row in rows[:2]] == [["other"], ["other"]]
+
+
+def test_every_task_has_a_row_that_says_what_it_was_measured_under(data: Path, loaded: Loaded, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = evaluate(config(data, tasks=("retrieval", "captioning", "matching"), out=str(out)), loaded=loaded)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["retrieval", "captioning", "matching"]
+    for row in rows:
+        assert row["split"] == "heldout" and row["images"] == COUNT and row["comparable_to_paper"] is False
+        assert "weights" in row["not_comparable_because"] and "no published split" in row["not_comparable_because"]
+        assert "isthmus " in row["versions"] and "torch " in row["versions"] and row["data_digest"]
+        assert row["metrics"] and {name: result[name] for name in row["metrics"]} == row["metrics"]
+    assert rows[0]["ties"].startswith("pessimistic") and rows[0]["captions"] == COUNT and "prompt" not in rows[0]
+    assert (rows[1]["prompt"], rows[1]["num_beams"], rows[1]["length_penalty"]) == ("", 1, 1.0)
+    assert "PTBTokenizer" in rows[1]["tokenizer"] and "meteor" in rows[1]["not_computed"]
+    assert "settings: num_beams 1 (LAVIS: 5)" in rows[1]["not_comparable_because"]
+    assert result["matching_ties"] != result["ties"]  # a fact that two tasks have differently is told by task
+
+
+def test_a_demand_for_meteor_is_refused_before_a_model_is_loaded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+    def never() -> Loaded:
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(ConfigError, match="METEOR needs Java"):
+        evaluate(config(data, tasks=("captioning",), meteor=True), load=never)
+    with pytest.raises(ConfigError, match=r"spice-1\.0\.jar"):
+        evaluate(config(data, tasks=("captioning",), spice_jars=str(data)), load=never)
+
+
+def test_a_text_length_that_the_method_does_not_take_is_refused(data: Path, loaded: Loaded) -> None:
+    with pytest.raises(ConfigError, match="fixes the length of its texts"):
+        evaluate(config(data, text_max_length=35), loaded=loaded)
+
+
+# --------------------------------------------------------------------------------------------- published layouts
+
+
+def on_disk(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(image_bytes(number))
+    return folder
+
+
+def coco(folder: Path, count: int) -> dict[str, Any]:
+    """A COCO captions file over the images of :func:`on_disk`, as a layout."""
+    table = {
+        "images": [{"id": 10 + n, "file_name": f"{n}.png"} for n in range(count)],
+        "annotations": [{"id": n, "image_id": 10 + n, "caption": f"picture number {n}"} for n in range(count)],
+    }
+    file = folder.parent / "captions.json"
+    file.write_text(json.dumps(table))
+    return {"kind": "coco", "images": str(folder), "annotations": str(file), "split": "val"}
+
+
+def test_a_published_layout_is_scored_like_shards(data: Path, loaded: Loaded, tmp_path: Path) -> None:
+    layout = coco(on_disk(tmp_path / "images", COUNT), COUNT)
+    options: dict[str, Any] = {"model": "stand-in", "batch": 4, "meteor": False, "tasks": ("retrieval", "captioning")}
+    found = evaluate(EvaluateConfig(layout=layout, **options), loaded=loaded)
+    shards = evaluate(EvaluateConfig(data=str(data), **options), loaded=loaded)
+    assert {n: v for n, v in found.items() if n.startswith(("tr_", "ir_"))} == {
+        n: v for n, v in shards.items() if n.startswith(("tr_", "ir_"))
+    }
+    assert (found["data_layout"], found["split"], found["images"], found["references"]) == ("coco", "val", COUNT, COUNT)
+    (tmp_path / "images" / "3.png").unlink()
+    less = evaluate(EvaluateConfig(layout=layout, **options), loaded=loaded)
+    assert (less["unreadable"], less["images"], less["samples"]) == (1, COUNT - 1, COUNT)
+    assert "3.png" in less["unreadable_first"] and "1 images could not be read" in str(less["not_comparable_because"])
+
+
+def test_a_data_set_without_a_readable_image_is_refused_with_the_reason(loaded: Loaded, tmp_path: Path) -> None:
+    layout = coco(on_disk(tmp_path / "images", 2), 2)
+    layout["images"] = str(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"None of the samples .*0\.png: There is nothing at"):
+        evaluate(EvaluateConfig(model="m", layout=layout, meteor=False), loaded=loaded)
+
+
+def test_questions_without_published_answers_are_answered_for_the_server(loaded: Loaded, tmp_path: Path) -> None:
+    images, file = on_disk(tmp_path / "images", 3), tmp_path / "questions.json"
+    asked = [{"question_id": 5 - n, "image_id": n, "question": "Which?"} for n in range(3)]
+    file.write_text(json.dumps({"questions": asked}))
+    layout = {
+        "kind": "vqav2",
+        "images": str(images),
+        "questions": str(file),
+        "image_name": "{}.png",
+        "split": "test-dev",
+    }
+    out = tmp_path / "out"
+    result = evaluate(EvaluateConfig(model="m", layout=layout, tasks=("vqa",), out=str(out)), loaded=loaded)
+    assert "vqa_accuracy" not in result and "not published" in result["not_computed"]["vqa_accuracy"]
+    assert json.loads((out / "answers.json").read_text())[0] == {
+        "question_id": 5,
+        "answer": "Question: which? Short answer: picture number 0",
+    }
+
+
+def test_missing_and_doubled_rows_of_a_worker_are_refused(data: Path, loaded: Loaded) -> None:
+    from isthmus.data.readers import Failure
+    from isthmus.evaluation.pool import accounted
+    from isthmus.evaluation.work import Part
+
+    broken = Failure(3, "k", "s", 0, "why")
+    accounted([1, 2, 3], [Part(ids=[1]), Part(ids=[2], failures=[broken])])
+    with pytest.raises(DataError, match=r"gave 2 rows .* where 3 were asked: 1 missing, 0 doubled .*first id 2"):
+        accounted([1, 2, 3], [Part(ids=[1], failures=[broken])])
+    with pytest.raises(DataError, match="0 missing, 1 doubled or foreign"):
+        accounted([1, 2], [Part(ids=[1, 2, 1])])
+
+    class Silent(Oracle):
+        def generate(self, features_BND: Tensor, prompt: Any = "", **how: Any) -> list[str]:
+            return super().generate(features_BND, prompt, **how)[1:]
+
+    silent = Loaded(loaded.version, Silent(loaded.module.known).eval(), TRANSFORM)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="gave 3 texts for 4 prompts"):
+        evaluate(config(data, tasks=("captioning",)), loaded=silent)

@@ -111,3 +111,76 @@ def test_a_broken_matching_head_is_refused() -> None:
         retrieve(
             unit(4, 1, 4), unit(4, 4), torch.arange(4), rerank=2, score=lambda i, c: torch.full((len(i),), torch.nan)
         )
+
+
+def test_average_precision_equals_scikit_learn() -> None:
+    from sklearn.metrics import average_precision_score
+
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        size = int(generator.integers(2, 30))
+        scores, relevant = generator.permutation(size).astype(np.float32), generator.random(size) < 0.3
+        relevant[int(generator.integers(size))] = True
+        ranks = pessimistic_ranks(torch.from_numpy(scores), torch.from_numpy(relevant.nonzero()[0]))
+        assert average_precision(ranks) == pytest.approx(average_precision_score(relevant, scores), abs=1e-12)
+
+
+def test_means_over_recalls() -> None:
+    metrics = retrieve(unit(40, 1, 4), unit(40, 4, seed=1), torch.arange(40)).metrics()
+    for way in ("tr", "ir"):
+        assert metrics[f"{way}_mean"] == pytest.approx(np.mean([metrics[f"{way}_at_{k}"] for k in (1, 5, 10)]))
+    assert 0 < metrics["r_mean"] == pytest.approx((metrics["tr_mean"] + metrics["ir_mean"]) / 2)
+
+
+def test_scores_made_before_rerank_as_scores_made_on_demand() -> None:
+    images, owner = unit(17, 2, 6), torch.tensor([i for i in range(17) for _ in range(1 + i % 3)])
+    texts = unit(len(owner), 6, seed=3)
+    table = torch.randn(17, len(owner), generator=torch.Generator().manual_seed(5))
+
+    def direct(image_rows: list[int], caption_rows: list[int]) -> torch.Tensor:
+        return table[list(image_rows), list(caption_rows)]
+
+    keys = retrieval.candidates(images, texts, owner, 4)
+    assert len(set(keys.tolist())) == len(keys) < 17 * len(owner)
+    logits = table.flatten()[torch.from_numpy(keys)].numpy()
+    one = retrieve(images, texts, owner, score=direct, rerank=4)
+    two = retrieve(images, texts, owner, score=retrieval.look_up(keys, logits, len(owner)), rerank=4)
+    assert one.tr_rank.tolist() == two.tr_rank.tolist() and one.ir_rank.tolist() == two.ir_rank.tolist()
+    with pytest.raises(DataError, match="not scored"):
+        short = retrieval.look_up(keys[1:], logits[1:], len(owner))
+        retrieve(images, texts, owner, score=short, rerank=4)
+
+
+def test_reranked_scores_are_cosine_plus_logit_of_the_best_and_minus_a_hundred_elsewhere() -> None:
+    """LAVIS's rule, written out pair by pair."""
+    count, k = 12, 5
+    images, texts = unit(count, 3, 6), unit(count, 6, seed=3)
+    table = 0.3 * torch.randn(count, count, generator=torch.Generator().manual_seed(5))
+    found = retrieve(images, texts, torch.arange(count), score=lambda i, c: table[list(i), list(c)], rerank=k)
+    sims = torch.einsum("nqe,ce->nqc", images, texts).amax(dim=1)
+    for ranks, both in ((found.tr_rank, (sims, table)), (found.ir_rank, (sims.T, table.T))):
+        full = torch.full((count, count), -100.0)
+        for row in range(count):
+            best = both[0][row].argsort(descending=True)[:k]
+            full[row, best] = both[0][row, best] + both[1][row, best]
+        own = full.diagonal()
+        assert ranks.tolist() == [1 + int((full[i] >= own[i]).sum()) - 1 for i in range(count)]
+    assert found.tr_rank.tolist() != retrieve(images, texts, torch.arange(count)).tr_rank.tolist()
+
+
+def test_a_constant_first_stage_lets_no_right_answer_reach_the_reranker() -> None:
+    """Among equals the k that are re-ranked are the wrong ones; by luck of their order an oracle would shine."""
+    same = torch.ones(20, 1, 4) / 2
+    oracle = lambda i, c: torch.tensor([10.0 * (a == b) for a, b in zip(i, c, strict=True)])  # noqa: E731
+    metrics = retrieve(same, torch.ones(20, 4) / 2, torch.arange(20), score=oracle, rerank=5).metrics()
+    assert metrics["tr_at_10"] == metrics["ir_at_10"] == 0.0
+
+
+def test_the_hardest_wrong_caption() -> None:
+    images, texts = unit(9, 2, 5), unit(14, 5, seed=1)
+    forbidden = [torch.tensor([i, i + 1]) for i in range(9)]
+    sims = torch.einsum("nqe,ce->nqc", images, texts).amax(dim=1).numpy()
+    for row, found in enumerate(retrieval.hardest_wrong(images, texts, forbidden)):
+        allowed = [c for c in range(14) if c not in (row, row + 1)]
+        assert found == max(allowed, key=lambda c: sims[row, c])
+    assert retrieval.hardest_wrong(images[:1], texts, [torch.arange(14)]) == [None]

@@ -138,3 +138,25 @@ def test_a_random_start_takes_any_shape(folder: Path) -> None:
     shape = config.qformer.model_copy(update={"width": 24, "layers": 3, "init": None})
     module = build(config.model_copy(update={"qformer": shape})).module
     assert module.qformer.queries.shape == (1, 4, 24) and len(module.qformer.layers) == 3
+
+
+def test_texts_of_another_length_and_the_margin_of_a_match(folder: Path) -> None:
+    stage = build(recipe("blip2_stage1", folder))
+    module = stage.module.eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    long = ["a red cat and two dogs sitting in a large green house", "a red cat and two dogs sitting in a boat"]
+    full, cut = module.embed_texts(long), module.embed_texts(long, max_length=6)
+    assert not torch.allclose(full[0], full[1]) and torch.equal(cut[0], cut[1])
+    features = torch.randn(2, stage.image_spec["tokens"], stage.image_spec["width"])
+    logit, margin = module.match(features, long), module.match_margin(features, long)
+    assert logit.shape == margin.shape == (2,) and not torch.allclose(logit, margin)
+    same = features[:1].expand(2, -1, -1)
+    for score in (module.match, module.match_margin):
+        assert not torch.allclose(*score(same, long).unbind()) and torch.equal(
+            *score(same, long, max_length=6).unbind()
+        )
+    with pytest.raises(ConfigError, match="takes no prompt"):
+        module.generate(features, prompt=["", "a"])

@@ -97,6 +97,26 @@ def test_captions_depend_on_the_image_and_are_repeatable(folder: Path) -> None:
     assert captions[2:] == module.generate(features[2:], max_new_tokens=6)
 
 
+def test_each_image_may_have_its_own_prompt(folder: Path) -> None:
+    config = recipe("blip2_stage2", folder)
+    own = config.language.model_copy(update={"prompt": "a photo of"})
+    stage = build(config.model_copy(update={"language": own}))
+    module = stage.module.eval()
+    with torch.no_grad():
+        for p in module.qformer.parameters():
+            p.normal_(0.0, 0.3)
+        module.projection.weight.mul_(20)
+    features = torch.randn(4, stage.image_spec["tokens"], stage.image_spec["width"])
+    prompts = ["a red cat sitting on", "", "the", "two dogs"]
+    settings = {"max_new_tokens": 6, "num_beams": 3, "length_penalty": -1.0}
+    together = module.generate(features, prompt=prompts, **settings)
+    for row, prompt in enumerate(prompts):  # an empty one is the recipe's own, as for all images at once
+        assert module.generate(features[row : row + 1], prompt=prompt or "a photo of", **settings) == [together[row]]
+    assert together != module.generate(features, prompt=prompts[::-1], **settings)
+    with pytest.raises(ConfigError, match="2 prompts were given for 4 images"):
+        module.generate(features, prompt=["a", "b"])
+
+
 def test_the_language_models_dropout_sleeps_unless_it_is_asked_for(folder: Path) -> None:
     from isthmus.testing.backbones import tiny_lm
 

@@ -1,0 +1,130 @@
+"""Every task with real modules of small size, loaded from the folders that training writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.config import EvaluateConfig
+from isthmus.data.manifest import index
+from isthmus.errors import ConfigError
+from isthmus.evaluation.driver import evaluate
+from isthmus.methods.artefact import load_artefact, save_artefact
+from isthmus.models.freezing import trainable_state
+from isthmus.testing.shards import image_bytes, write_tar
+from method_cases import CAPTIONS, build, recipe, run_config
+
+COUNT = 8
+QUESTIONS = ("Is it a cat?", "What color is the house to the left of the dogs?", "How many?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    members: dict[str, bytes] = {}
+    for n in range(COUNT):
+        asked = [{"question": text, "answers": ["red"] * 6 + ["blue"] * 4} for text in QUESTIONS[: 1 + n % 3]]
+        members[f"s{n}.png"] = image_bytes(n)
+        members[f"s{n}.txt"] = CAPTIONS[n].encode()
+        members[f"s{n}.json"] = json.dumps({"questions": asked, "label": CAPTIONS[n % 4]}).encode()
+    write_tar(folder / "data" / "a.tar", members)
+    index(str(folder / "data"))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, str]:
+    """Artefacts of every method, their weights moved far from the start."""
+    out = {}
+    for method in ("blip2_stage1", "blip2_stage2", "projector"):
+        config = recipe(method, folder)
+        stage = build(config, with_vision=True)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in stage.module.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        save_artefact(folder / method, trainable_state(stage.module), run_config(config), stage, {})
+        out[method] = str(folder / method)
+    return out
+
+
+def run(model: str, data: Path, *tasks: str, **options: Any) -> dict[str, Any]:
+    return evaluate(EvaluateConfig(model=model, data=str(data), tasks=tasks, batch=3, meteor=False, **options))
+
+
+@pytest.mark.parametrize("method", ["blip2_stage1", "projector"])
+def test_what_embeds_retrieves_and_classifies(models: dict[str, str], data: Path, method: str) -> None:
+    result = run(models[method], data, "retrieval", "classification", classification={"templates": ["{}", "a {}"]})
+    assert 1 < result["tr_mean_rank"] < COUNT and result["classes"] == 4 and 0 <= result["top_1"] <= 1
+    assert "vision random" in result["model_bases"] and "Tokenizer" in result["model_tokenizers"]
+
+
+def test_stage_1_reranks_and_matches(models: dict[str, str], data: Path) -> None:
+    plain = run(models["blip2_stage1"], data, "retrieval")
+    full = run(models["blip2_stage1"], data, "retrieval", "matching", rerank=COUNT, text_max_length=35)
+    assert full["tr_mean_rank"] != plain["tr_mean_rank"] and full["text_max_length"] == 35
+    assert 0 <= full["itm_auc"] <= 1 and full["negatives"] == COUNT
+    # Re-ranking all candidates is scoring every pair by cosine and logit.
+    module = load_artefact(models["blip2_stage1"]).stage.module
+    read = _features(module, models["blip2_stage1"], data)
+    with torch.no_grad():
+        sims = torch.einsum("nqe,ce->nqc", module.embed_images(read), module.embed_texts(CAPTIONS)).amax(1)
+        rows = [module.match(read[i : i + 1].expand(COUNT, -1, -1), CAPTIONS) for i in range(COUNT)]
+    scores = sims + torch.stack(rows)
+    ranks = [1 + int((scores[i] > scores[i, i]).sum()) for i in range(COUNT)]
+    assert full["tr_mean_rank"] == pytest.approx(sum(ranks) / COUNT)
+
+
+def test_stage_2_answers_each_question_with_its_own_prompt(models: dict[str, str], data: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    result = run(models["blip2_stage2"], data, "vqa", "captioning", out=str(tmp_path), vqa={"num_beams": 3})
+    assert result["questions"] == sum(1 + n % 3 for n in range(COUNT)) and 0 <= result["vqa_accuracy"] <= 1
+    module = load_artefact(models["blip2_stage2"]).stage.module
+    read = _features(module, models["blip2_stage2"], data)
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    said = set()
+    for n, row in enumerate(rows):
+        for question, answer in zip(row["questions"], row["answers"], strict=True):
+            cleaned = question.lower()
+            alone = module.generate(
+                read[n : n + 1], prompt=f"Question: {cleaned} Short answer:", num_beams=3, max_new_tokens=10,
+                min_new_tokens=1, length_penalty=-1.0,
+            )  # fmt: skip
+            assert alone == [answer]
+            said.add(answer)
+    assert len(said) > 1
+
+
+def test_what_a_method_cannot_do_is_said(models: dict[str, str], data: Path) -> None:
+    with pytest.raises(ConfigError, match="implements no Judges"):
+        run(models["projector"], data, "matching")
+    with pytest.raises(ConfigError, match="implements no Embeds"):
+        run(models["blip2_stage2"], data, "classification")
+    with pytest.raises(ConfigError, match="implements no Captions"):
+        run(models["projector"], data, "vqa")
+    with pytest.raises(ConfigError, match="takes no prompt"):
+        run(models["blip2_stage1"], data, "vqa")
+
+
+def _features(module: Any, model: str, data: Path) -> torch.Tensor:
+    from isthmus.data.manifest import Manifest
+    from isthmus.data.readers import RawSample, read_rows
+    from isthmus.data.transforms import decode_image
+
+    transform = load_artefact(model).stage.transform
+    manifest, pixels = Manifest.load(str(data)), []
+    for sample in read_rows(manifest, range(len(manifest))):
+        assert isinstance(sample, RawSample)
+        pixels.append(torch.from_numpy(transform(decode_image(sample.image))))
+    with torch.no_grad():
+        return module.encode_images(torch.stack(pixels)).float()
