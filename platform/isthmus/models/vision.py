@@ -217,7 +217,9 @@ def _sequence(features: Tensor, model: nn.Module, config: VisionConfig) -> Tenso
 def _shape(features: Any) -> str:
     if isinstance(features, Tensor):
         return f"a tensor of shape {tuple(features.shape)}"
-    return f"a {type(features).__name__} of {len(features)}" if hasattr(features, "__len__") else type(features).__name__
+    return (
+        f"a {type(features).__name__} of {len(features)}" if hasattr(features, "__len__") else type(features).__name__
+    )
 
 
 def _is_map(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from isthmus.data.manifest import index
 from isthmus.errors import ConfigError
 from isthmus.evaluation.driver import evaluate
 from isthmus.methods.artefact import load_artefact, save_artefact
-from isthmus.models.freezing import trainable_state
+from isthmus.models.freezing import owned_state
 from isthmus.testing.shards import image_bytes, write_tar
 from method_cases import CAPTIONS, build, recipe, run_config
 
@@ -52,7 +52,7 @@ def models(folder: Path) -> dict[str, str]:
             for p in stage.module.parameters():
                 if p.requires_grad:
                     p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-        save_artefact(folder / method, trainable_state(stage.module), run_config(config), stage, {})
+        save_artefact(folder / method, owned_state(stage.module), run_config(config), stage, {})
         out[method] = str(folder / method)
     return out
 
