@@ -8,23 +8,39 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from isthmus.compat import ensure_torchvision
+from isthmus.config import QFormerConfig, VisionConfig
+from isthmus.methods import METHODS
+from isthmus.methods.artefact import load_artefact, save_artefact
+from isthmus.models.freezing import trainable_state
 from isthmus.models.text import load_tokenizer
 from isthmus.testing.backbones import tiny_bert, tiny_lm
+from method_cases import build, run_config
 
 ensure_torchvision()
+import transformers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
+    AutoProcessor,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2Processor,
     Blip2QFormerConfig,
+    Blip2QFormerModel,
     Blip2VisionConfig,
+    Blip2VisionModel,
     BlipImageProcessor,
 )
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings  # noqa: E402
+
+__all__ = [
+    "AutoProcessor", "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval", "Blip2QFormerConfig",
+    "Blip2QFormerModel", "Blip2TextEmbeddings", "Blip2VisionModel", "transformers",
+]  # fmt: skip
 
 SIZE, QUERIES = 32, 4
 VISION: dict[str, Any] = {
@@ -43,11 +59,6 @@ def overwrite(module: nn.Module, seed: int = 0) -> None:
     for parameter in module.parameters():
         draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(1.0 + 0.1 * draw if id(parameter) in norms else 0.15 * draw)
-
-
-def eps_of_blocks(model: nn.Module, eps: float) -> None:
-    """ln_vision's epsilon in transformers' model."""
-    model.vision_model.post_layernorm.eps = eps  # type: ignore[union-attr, assignment]
 
 
 def image_processor(**changes: Any) -> Any:
@@ -97,3 +108,45 @@ def images(count: int = 3, seed: int = 0) -> list[Image.Image]:
 
 def pixels(count: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def tower(name: str = "vit_base_patch16_clip_224", **options: Any) -> VisionConfig:
+    own = {"pre_norm": False, "norm_layer": "layernorm", "final_norm": False} if "clip" in name else {}
+    sizes = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": 8}
+    return VisionConfig(
+        name=name, weights="random", image_size=SIZE, final_norm=False, options={**sizes, **own, **options}
+    )
+
+
+SHAPE = QFormerConfig(layers=3, width=32, heads=4, feed_forward=40, queries=QUERIES, embed=16, dropout=0.0, init=None)
+
+
+def own(out: Path, method: str, vision: VisionConfig | None = None, family: str = "opt", **changes: Any) -> Any:
+    """A folder of a model that this package made, all its weights drawn anew."""
+    vision = vision or tower()
+    parts: dict[str, Any] = {"vision": vision, "qformer": SHAPE}
+    if method == "blip2_stage1":
+        parts["text"] = tiny_bert(out.parent / f"{out.name}-bert")
+    else:
+        parts["language"] = tiny_lm(out.parent / f"{out.name}-lm", family)  # type: ignore[arg-type]
+    for key, value in changes.items():
+        parts[key] = parts[key].model_copy(update=value) if isinstance(value, dict) and key in parts else value
+    config = METHODS[method].config(**parts)
+    stage = build(config, with_vision=True)
+    module: Any = stage.module
+    overwrite(module.vision)  # the recipe says "random": the weights are put into a file that it names
+    overwrite_trained(module)
+    weights = out.parent / f"{out.name}.safetensors"
+    save_file({n: t.contiguous() for n, t in module.vision.model.state_dict().items()}, weights)
+    config = config.model_copy(update={"vision": vision.model_copy(update={"weights": str(weights)})})
+    whole = build(config, with_vision=True)
+    save_artefact(out, trainable_state(module), run_config(config), whole, {"made": "here"})
+    return load_artefact(out).stage.module
+
+
+def overwrite_trained(module: torch.nn.Module) -> None:
+    frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
+    overwrite(module, 5)
+    for name, parameter in module.named_parameters():
+        if name in frozen:
+            parameter.data.copy_(frozen[name])

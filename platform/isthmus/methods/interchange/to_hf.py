@@ -29,7 +29,7 @@ from isthmus.models.attention import ImageTokens
 from isthmus.models.freezing import trainable_state
 from isthmus.models.hf.files import EXTRA, untied, write_folder
 from isthmus.models.hf.names import CLASSES, LANGUAGE, TOWER, Kind, qformer_names, to_hf
-from isthmus.models.hf.tokens import add_dec, place_image_token
+from isthmus.models.hf.tokens import IMAGE, add_dec, place_image_token
 from isthmus.models.hf.tower import Tower, export_tower
 from isthmus.models.qformer import EPS
 from isthmus.models.text import load_tokenizer
@@ -112,7 +112,7 @@ def export_hf(model: str | Path, out: str | Path, *, check: bool = True) -> Expo
         for name in (RECIPE, LINEAGE):
             shutil.copyfile(Path(model) / name, scratch / name)
         if check:
-            _check(scratch, kind, module, image_token)
+            _check(scratch, kind, module, tokenizer, image_token)
     parameters = sum(tensor.numel() for tensor in state.values())
     return Export(
         str(out), CLASSES[kind], len(state), parameters, tuple(sorted(homeless)), len(tower.unused), difference,
@@ -205,6 +205,7 @@ def _tokenizer(module: Any, kind: Kind) -> tuple[Any, int | None]:
     image = place_image_token(tokenizer, rows, keep)
     # Behind the soft prompt a decoder continues the text's last token; an encoder reads whatever side is padded.
     tokenizer.padding_side = "right" if language.model.config.is_encoder_decoder else "left"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # what is saved
     return tokenizer, image
 
 
@@ -260,11 +261,11 @@ def _text_config(language: Any) -> Any:
     return config
 
 
-def _check(folder: Path, kind: Kind, module: Any, image_token: int | None) -> None:
+def _check(folder: Path, kind: Kind, module: Any, tokenizer: Any, image_token: int | None) -> None:
     """Opens the export as a stranger would.
 
     Raises:
-        WeightsError: tensors missing, left over or of another shape, or other token ids.
+        WeightsError: tensors missing, left over or of another shape, or a tokenizer that is not the one that was saved.
     """
     opened, report = getattr(transformers, CLASSES[kind]).from_pretrained(folder, output_loading_info=True)
     wrong = {key: sorted(map(str, names)) for key, names in report.items() if names}
@@ -276,5 +277,11 @@ def _check(folder: Path, kind: Kind, module: Any, image_token: int | None) -> No
     for text in ("a photo of", "two dogs, and a red ball!", "naïve 猫 😀"):
         if processor.tokenizer(text)["input_ids"] != ours(text)["input_ids"]:
             raise WeightsError(f"The exported tokenizer reads '{text}' differently.", "This tokenizer cannot be saved.")
-    if image_token is not None and processor.tokenizer.convert_tokens_to_ids("<image>") != image_token:
-        raise WeightsError("The exported tokenizer has another id for <image>.", "This tokenizer cannot be saved.")
+    wanted = (tokenizer.padding_side, tokenizer.pad_token_id, image_token)
+    found = (processor.tokenizer.padding_side, processor.tokenizer.pad_token_id)
+    found += (processor.tokenizer.convert_tokens_to_ids(IMAGE) if image_token is not None else None,)
+    if found != wanted:
+        raise WeightsError(
+            f"The exported tokenizer has padding side, padding and {IMAGE} {found}, and should have {wanted}.",
+            "This tokenizer cannot be saved.",
+        )

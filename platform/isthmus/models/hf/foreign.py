@@ -65,12 +65,15 @@ def read_tower(
     facts = _facts(state, heads)
     width, depth = facts["hidden_size"], facts["num_hidden_layers"]
     taken = layer if layer is not None else -1 if depth == LAVIS_DEPTH.get(width) else -2
+    names = tower_names(depth)
+    if not facts["qkv_bias"]:
+        names = {ours: theirs for ours, theirs in names.items() if not ours.endswith("qkv.bias")}
     if clip:
-        section = _clip_section(state, facts)
+        _check_names((set(names) - {"patch_embed.proj.bias"}) | {"norm_pre.weight", "norm_pre.bias"}, set(state))
+        section = _clip_section(facts)
     else:
-        names = tower_names(depth)
-        theirs = {names.get(name, name): tensor for name, tensor in state.items()}
-        section, state = import_tower(facts, theirs)
+        _check_names(set(names), set(state))
+        section, state = import_tower(facts, {names[name]: tensor for name, tensor in state.items()})
     return section.model_copy(update={"layer": taken}), dict(state), closing
 
 
@@ -131,16 +134,17 @@ def _from_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _clip_section(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> VisionConfig:
-    names = set(tower_names(facts["num_hidden_layers"])) - {"patch_embed.proj.bias"}
-    names |= {"norm_pre.weight", "norm_pre.bias"}
-    missing, surplus = sorted(names - set(state)), sorted(set(state) - names)
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    missing, surplus = sorted(wanted - given), sorted(given - wanted)
     if missing or surplus:
         raise WeightsError(
-            f"CLIP's image tower lacks {len(missing)} tensors ({', '.join(missing) or 'none'}) and holds "
-            f"{len(surplus)} that have no place ({', '.join(surplus) or 'none'}).",
-            "Give the visual part of a CLIP.",
+            f"The image tower lacks {len(missing)} tensors ({', '.join(missing) or 'none'}) and holds {len(surplus)} "
+            f"that have no place ({', '.join(surplus) or 'none'}), under timm's names.",
+            "Give a complete tower: EVA's, CLIP's, or a plain ViT of timm's.",
         )
+
+
+def _clip_section(facts: Mapping[str, Any]) -> VisionConfig:
     width = facts["hidden_size"]
     options: dict[str, bool | int | float | str] = {
         "embed_dim": width, "depth": facts["num_hidden_layers"], "num_heads": facts["num_attention_heads"],
