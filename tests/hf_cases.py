@@ -17,6 +17,7 @@ from isthmus.methods import METHODS
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import trainable_state
 from isthmus.models.text import load_tokenizer
+from isthmus.models.vision import VisionEncoder, build_vision
 from isthmus.testing.backbones import tiny_bert, tiny_lm
 from method_cases import build, run_config
 
@@ -150,3 +151,28 @@ def overwrite_trained(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name in frozen:
             parameter.data.copy_(frozen[name])
+
+
+def drawn(config: VisionConfig, *, key_bias: bool = True) -> VisionEncoder:
+    """An encoder of drawn weights, as EVA is where ``key_bias`` is off: keys without a bias."""
+    encoder = build_vision(config)
+    overwrite(encoder)
+    for name, parameter in encoder.named_parameters():
+        if "gamma" in name:  # LayerScale: far from 1 and from 0
+            parameter.data.copy_(0.5 + parameter.data)
+        if name.endswith("qkv.bias") and not key_bias:
+            parameter.data[len(parameter) // 3 : 2 * len(parameter) // 3] = 0.0
+    return encoder
+
+
+def lavis_eva(encoder: VisionEncoder) -> dict[str, torch.Tensor]:
+    """A plain ViT's tensors under the names of LAVIS's eva_vit.py."""
+    out = {}
+    for name, tensor in encoder.model.state_dict().items():
+        if name.endswith("attn.qkv.bias"):
+            q, k, v = tensor.chunk(3)
+            assert not k.any()
+            out[name.replace("qkv.bias", "q_bias")], out[name.replace("qkv.bias", "v_bias")] = q, v
+        else:
+            out[name] = tensor.clone()
+    return out

@@ -99,6 +99,10 @@ def lavis_parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 def _check_repeat(name: str, state: Mapping[str, Tensor]) -> None:
     original = _REPEATED[name]
+    if original is None and not torch.equal(state[name].flatten(), torch.arange(state[name].numel())):
+        raise WeightsError(
+            f"In the LAVIS checkpoint '{name}' does not count 0, 1, 2, ...", "The checkpoint is damaged."
+        )
     if original is not None and not torch.equal(state[name], state[original]):
         raise WeightsError(
             f"In the LAVIS checkpoint '{name}' differs from '{original}', to which it is tied.",

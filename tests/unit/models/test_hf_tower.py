@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_cases import SIZE, Blip2VisionConfig, Blip2VisionModel, overwrite, own, pixels, tower
+from hf_cases import SIZE, Blip2VisionConfig, Blip2VisionModel, drawn, lavis_eva, own, pixels, tower
 from isthmus.config import VisionConfig
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.interchange import export_hf
@@ -19,15 +19,6 @@ from isthmus.models.hf.tower import Tower, export_tower, import_tower, inner_rat
 from isthmus.models.vision import VisionEncoder, build_vision
 
 EVA = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": 8}
-
-
-def drawn(config: VisionConfig) -> VisionEncoder:
-    encoder = build_vision(config)
-    overwrite(encoder)
-    for name, parameter in encoder.named_parameters():
-        if "gamma" in name:  # LayerScale: far from 1 and from 0
-            parameter.data.copy_(0.5 + parameter.data)
-    return encoder
 
 
 def theirs(found: Tower) -> nn.Module:
@@ -156,24 +147,8 @@ def test_tokens_too_alike_for_the_other_epsilon_are_refused(tmp_path: Path) -> N
 # --- other names -----------------------------------------------------------------------------------------------------
 
 
-def lavis_eva(encoder: VisionEncoder) -> dict[str, torch.Tensor]:
-    """A plain ViT's tensors under the names of LAVIS's eva_vit.py."""
-    out = {}
-    for name, tensor in encoder.model.state_dict().items():
-        if name.endswith("attn.qkv.bias"):
-            q, k, v = tensor.chunk(3)
-            assert not k.any()
-            out[name.replace("qkv.bias", "q_bias")], out[name.replace("qkv.bias", "v_bias")] = q, v
-        else:
-            out[name] = tensor.clone()
-    return out
-
-
 def eva_like() -> VisionEncoder:
-    encoder = drawn(tower())
-    for block in encoder.model.blocks:  # type: ignore[union-attr]
-        block.attn.qkv.bias.data[48:96] = 0.0
-    return encoder
+    return drawn(tower(), key_bias=False)
 
 
 @torch.no_grad()

@@ -83,6 +83,7 @@ def finish(
     lineage: Mapping[str, Any],
     *,
     language: Mapping[str, Tensor] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[int, int]:
     """Builds the imported model from the bases below ``folder``, loads it, and writes the model folder.
 
@@ -93,6 +94,7 @@ def finish(
         state: the trainable tensors.
         lineage: where they come from.
         language: the checkpoint's own language-model tensors, all of which must have arrived.
+        names: the checkpoint's name -> ours, for messages.
 
     Returns:
         (number of trainable tensors, of parameters).
@@ -111,12 +113,24 @@ def finish(
     )
     stage = METHODS[method.name].build(localised(recipe, folder).method, BuildContext())
     module: Any = stage.module
+    _same_names(set(state), {n for n, p in module.named_parameters() if p.requires_grad}, names or {})
     load_trainable(module, {key: tensor.float() for key, tensor in state.items()})
     if language is not None:
         _arrived(language, module.language.model)
     bases = [_relative(base, folder) for base in stage.bases]
     save_artefact(folder, trainable_state(module), recipe, stage, lineage, bases=bases)
     return len(state), sum(tensor.numel() for tensor in state.values())
+
+
+def _same_names(given: set[str], wanted: set[str], names: Mapping[str, str]) -> None:
+    theirs = {ours: name for name, ours in names.items()}
+    missing, surplus = ([theirs.get(n, n) for n in sorted(some)] for some in (wanted - given, given - wanted))
+    if missing or surplus:
+        raise WeightsError(
+            f"The checkpoint lacks {len(missing)} tensors ({', '.join(missing) or 'none'}) and holds {len(surplus)} "
+            f"that have no place ({', '.join(surplus) or 'none'}).",
+            "Give a complete BLIP-2 checkpoint of one stage.",
+        )
 
 
 def _relative(base: Any, folder: Path) -> Any:

@@ -23,7 +23,7 @@ from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.interchange.folder import VISION, Import, bases, digest, finish, fresh_folder
 from isthmus.models.hf.files import read_file
 from isthmus.models.hf.foreign import read_tower
-from isthmus.models.lavis import import_lavis, lavis_parts
+from isthmus.models.lavis import import_lavis, lavis_names, lavis_parts
 from isthmus.models.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 BERT = "pkg:all-minilm-l6-v2"
 """Carries the vocabulary of bert-base-uncased, which LAVIS's Q-Former reads."""
 _BERT_TOKENS = 30522
+_EITHER = frozenset(f"{part}.{kind}" for part in ("opt_proj", "t5_proj") for kind in ("weight", "bias"))
+"""Of these a checkpoint has one pair; both are our projection."""
 
 
 def import_lavis_checkpoint(
@@ -78,7 +80,15 @@ def import_lavis_checkpoint(
         else:
             method = Blip2Stage1Config(vision=section, qformer=qformer, text=_text(mapped, text))
         lineage = {"imported": {"from": "lavis", "path": str(file.absolute()), "digest": digest(whole)}}
-        tensors, parameters = finish(scratch, name or Path(out).name, method, mapped, lineage, language=frozen or None)
+        tensors, parameters = finish(
+            scratch,
+            name or Path(out).name,
+            method,
+            mapped,
+            lineage,
+            language=frozen or None,
+            names={n: ours for n, ours in lavis_names(qformer.layers).items() if n in trained or n not in _EITHER},
+        )
     for note in notes:
         log.warning("%s", note)
     named = None if isinstance(method, Blip2Stage2Config) else method.text.weights  # type: ignore[union-attr]

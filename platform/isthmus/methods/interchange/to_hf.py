@@ -278,8 +278,8 @@ def _check(folder: Path, kind: Kind, module: Any, tokenizer: Any, image_token: i
         if processor.tokenizer(text)["input_ids"] != ours(text)["input_ids"]:
             raise WeightsError(f"The exported tokenizer reads '{text}' differently.", "This tokenizer cannot be saved.")
     wanted = (tokenizer.padding_side, tokenizer.pad_token_id, image_token)
-    found = (processor.tokenizer.padding_side, processor.tokenizer.pad_token_id)
-    found += (processor.tokenizer.convert_tokens_to_ids(IMAGE) if image_token is not None else None,)
+    image = processor.tokenizer.convert_tokens_to_ids(IMAGE) if image_token is not None else None
+    found = (processor.tokenizer.padding_side, processor.tokenizer.pad_token_id, image)
     if found != wanted:
         raise WeightsError(
             f"The exported tokenizer has padding side, padding and {IMAGE} {found}, and should have {wanted}.",
