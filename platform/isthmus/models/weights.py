@@ -164,8 +164,8 @@ def restricted_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         raise WeightsError(
-            f"{path} is refused: its pickle holds more than tensors"
-            f"{f' (it asks for {wanted[1]})' if wanted else ''}, and a pickle can run code when it is read.",
+            f"{path} cannot be read as weights: its pickle holds more than tensors"
+            f"{f' (it asks for {wanted[1]})' if wanted else ''}, and what a pickle asks for can run code.",
             "Save it again as tensors only, best as .safetensors.",
         ) from error
     except Exception as error:  # the loader raises many unrelated types for a damaged or foreign file

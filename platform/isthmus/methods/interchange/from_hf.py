@@ -147,12 +147,16 @@ def _stage2(
         raise WeightsError("The checkpoint holds a language_projection and no language model.", "Fetch all its shards.")
     where = bases(scratch) / LANGUAGE_FOLDER
     write_folder(language, where)
-    write_json(where / "config.json", _section(config, "text_config"))
+    config_of_text = _section(config, "text_config")
+    write_json(where / "config.json", config_of_text)
     load_tokenizer(str(folder)).save_pretrained(where)
     base = _recipe(folder, "blip2_stage2") or Blip2Stage2Config()
     assert isinstance(base, Blip2Stage2Config)
     weights = f"{BASES_FOLDER}/{LANGUAGE_FOLDER}"
-    section = base.language.model_copy(update={"weights": weights})
+    update = {"weights": weights}
+    if config_of_text.get("is_encoder_decoder"):
+        update["t5_activation"] = "checkpoint"  # its config.json says exactly which one BLIP-2 was trained with
+    section = base.language.model_copy(update=update)
     return base.model_copy(update={"vision": vision, "qformer": _kept(qformer, base.qformer), "language": section})
 
 

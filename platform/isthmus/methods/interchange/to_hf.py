@@ -199,7 +199,7 @@ def _tokenizer(module: Any, kind: Kind) -> tuple[Any, int | None]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(generation.pad_token_id)
     stops = generation.eos_token_id
-    keep = {generation.pad_token_id, language.bos_id, tokenizer.unk_token_id}
+    keep = {generation.pad_token_id, getattr(language, "bos_id", None), tokenizer.unk_token_id}
     keep |= set(stops) if isinstance(stops, list) else {stops}
     rows = language.model.get_input_embeddings().num_embeddings
     image = place_image_token(tokenizer, rows, keep)
@@ -255,8 +255,10 @@ def _text_config(language: Any) -> Any:
     config = copy.deepcopy(language.model.config)
     generation = language.model.generation_config
     config.eos_token_id, config.pad_token_id = generation.eos_token_id, generation.pad_token_id
-    if language.bos_id is not None:
-        config.bos_token_id = language.bos_id
+    if (bos := getattr(language, "bos_id", None)) is not None:
+        config.bos_token_id = bos
+    if config.is_encoder_decoder and generation.decoder_start_token_id is not None:
+        config.decoder_start_token_id = generation.decoder_start_token_id
     config.dtype = torch.float32
     return config
 
