@@ -136,6 +136,10 @@ def export_hf_(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION or a model folder")],
     out: Out,
     check: Annotated[bool, typer.Option(help="Open the result with stock transformers before it is kept.")] = True,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Accepted difference of the queries' outputs; transformers' ln_vision has another eps."),
+    ] = 1e-4,
     tracking: Uri = None,
 ) -> None:
     """A folder that stock transformers opens: stage 1 for image-text retrieval, stage 2 for generation.
@@ -147,7 +151,7 @@ def export_hf_(
     from isthmus.methods.interchange import export_hf
     from isthmus.registry.store import resolve
 
-    show(export_hf(resolve(model, _tracking(tracking)).path, out, check=check))
+    show(export_hf(resolve(model, _tracking(tracking)).path, out, check=check, tolerance=tolerance))
 
 
 def _show_import(done: Any, name: str | None, tracking: str | None) -> None:

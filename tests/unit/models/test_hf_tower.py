@@ -142,6 +142,7 @@ def test_tokens_too_alike_for_the_other_epsilon_are_refused(tmp_path: Path) -> N
     (tmp_path / "ours/bases.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"queries would differ by .* 1e-5, and the encoder's tokens vary little"):
         export_hf(tmp_path / "ours", tmp_path / "hf")
+    assert export_hf(tmp_path / "ours", tmp_path / "hf", check=False, tolerance=1.0).query_difference > 1e-4
 
 
 # --- other names -----------------------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ from transformers import (  # noqa: E402
 )
 
 TOLERANCE = 1e-4
-"""Largest difference of a query's output (they have unit variance) between this package's model and the exported one.
-What there is comes from ln_vision: its epsilon is 1e-5 here and in LAVIS, and that of the tower's blocks there."""
+"""Accepted difference between the queries' outputs here and in the exported model: root mean square, where the outputs
+themselves have unit variance. It comes from ln_vision, whose epsilon is 1e-5 here and in LAVIS, and there that of the
+image encoder's blocks: a token of variance v comes out smaller by the factor 1 - 4.5e-6 / v."""
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Export:
         tensors, parameters: in the files that transformers reads.
         beside: our names of the tensors in ``isthmus.safetensors``.
         unused: tensors of image-encoder blocks behind the one that the recipe takes; they stay out.
-        query_difference: largest difference of the queries' outputs to this package's, on images of noise.
+        query_difference: of the queries' outputs to this package's, on images of noise; see :data:`TOLERANCE`.
         image_token: id of ``<image>``, or None in stage 1.
     """
 
@@ -77,7 +78,7 @@ class Export:
     image_token: int | None
 
 
-def export_hf(model: str | Path, out: str | Path, *, check: bool = True) -> Export:
+def export_hf(model: str | Path, out: str | Path, *, check: bool = True, tolerance: float = TOLERANCE) -> Export:
     """Writes the model folder ``model`` to ``out`` in Hugging Face layout, in float32.
 
     Args:
@@ -85,6 +86,7 @@ def export_hf(model: str | Path, out: str | Path, *, check: bool = True) -> Expo
         out: a folder that does not exist or is empty; it appears whole or not at all.
         check: open the result with stock transformers, and refuse it if a tensor is missing, left over or of another
             shape, or the tokenizer does not give back the ids. Takes the memory of a second model.
+        tolerance: see :data:`TOLERANCE`.
 
     Raises:
         ConfigError: what the model does cannot be said exactly in transformers' classes; all reasons are given.
@@ -96,7 +98,7 @@ def export_hf(model: str | Path, out: str | Path, *, check: bool = True) -> Expo
     tower = export_tower(module.vision, module.config.vision)
     shape = module.config.qformer
     mapped, homeless = to_hf(trainable_state(module), qformer_names(kind, shape.layers, shape.cross_every))
-    difference = _query_difference(module, tower)
+    difference = _query_difference(module, tower, tolerance)
     state = {**mapped, **{f"{TOWER}{name}": tensor for name, tensor in tower.state.items()}}
     if kind == "blip2_stage2":
         language = untied(module.language.model.state_dict())
@@ -154,11 +156,12 @@ def _exportable(artefact: Artefact) -> Kind:
 
 
 @torch.no_grad()
-def _query_difference(module: Any, tower: Tower) -> float:
-    """Largest difference of the queries' outputs between our tower and norm and transformers', on two noise images.
+def _query_difference(module: Any, tower: Tower, tolerance: float) -> float:
+    """Root mean square difference of the queries' outputs between our tower and norm and transformers', on two images
+    of noise.
 
     Raises:
-        ConfigError: it is above :data:`TOLERANCE`.
+        ConfigError: it is above ``tolerance``.
     """
     theirs = Blip2VisionModel._from_config(Blip2VisionConfig(**tower.config)).eval()
     norm: nn.LayerNorm = module.ln_vision
@@ -168,13 +171,13 @@ def _query_difference(module: Any, tower: Tower) -> float:
     pixels_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours = _queries(module, module.ln_vision(module.encode_images(pixels_BCHW), module.qformer.queries.dtype))
     other = _queries(module, ImageTokens(theirs(pixel_values=pixels_BCHW).last_hidden_state))
-    difference = float((ours - other).abs().max())
-    if not difference <= TOLERANCE:  # also where it is no number
+    difference = float((ours - other).pow(2).mean().sqrt())
+    if not difference <= tolerance:  # also where it is no number
         raise ConfigError(
-            f"Exported to Hugging Face, this model's queries would differ by {difference:.1e} (at most {TOLERANCE:g} "
+            f"Exported to Hugging Face, this model's queries would differ by {difference:.1e} (at most {tolerance:g} "
             f"is accepted): there ln_vision has the epsilon {tower.config['layer_norm_eps']:g} of the image encoder's "
             f"blocks, here 1e-5, and the encoder's tokens vary little enough for that to matter.",
-            "An encoder with trained weights does not show it.",
+            f"An encoder with trained weights does not show it; --tolerance {difference * 1.5:.1g} accepts it.",
         )
     return difference
 
