@@ -49,7 +49,7 @@ from transformers import (  # noqa: E402
 TOLERANCE = 1e-4
 """Accepted difference between the queries' outputs here and in the exported model: root mean square, where the outputs
 themselves have unit variance. It comes from ln_vision, whose epsilon is 1e-5 here and in LAVIS, and there that of the
-image encoder's blocks: a token of variance v comes out smaller by the factor 1 - 4.5e-6 / v."""
+image encoder's blocks: a token of variance v comes out larger there by the factor 1 + 4.5e-6 / v."""
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 log = logging.getLogger(__name__)
