@@ -78,6 +78,9 @@ class QFormerConfig(Config):
         description="what stands for a text in ITC: its [CLS] token (the paper), or the mean of its tokens; that suits "
         "initial weights of a mean-pooled sentence encoder, whose lower layers leave [CLS] alike for all texts",
     )
+    positions: Positive | None = Field(
+        None, description="rows of the text branch's position table; those of the initial weights, or 512"
+    )
     init: str | None = Field("text", description="'text': first layers of the text weights; null: random")
 
 

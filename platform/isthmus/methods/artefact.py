@@ -5,6 +5,7 @@ recipe.yaml         the resolved run recipe: rebuilds the module without the par
 bases.json          frozen parts: role, where from, digest (their bytes are never copied)
 freezing.json       every parameter of the module: its size and whether it was trained
 lineage.json        data digest, parent, code version: whatever the run knows of its origin
+bases/              frozen parts of a model that was imported with them
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from isthmus.models.freezing import load_owned, owned_parameters
 
 MODEL, RECIPE, BASES = "model.safetensors", "recipe.yaml", "bases.json"
 FREEZING, LINEAGE = "freezing.json", "lineage.json"
+BASES_FOLDER = "bases"
+"""Frozen parts of an imported model lie in this folder beside the recipe, which names them relative to itself."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def load_artefact(
 
 
 def read_recipe(directory: str | Path) -> RunConfig:
-    """The recipe of a saved model.
+    """The recipe of a saved model, the paths of frozen parts in its folder made absolute.
 
     Raises:
         RegistryError: the folder holds none.
@@ -118,7 +121,18 @@ def read_recipe(directory: str | Path) -> RunConfig:
     file = Path(directory) / RECIPE
     if not file.is_file():
         raise RegistryError(f"{directory} holds no saved model: {RECIPE} is missing.", "Give the folder of a model.")
-    return load_run(file, methods=method_configs())
+    return localised(load_run(file, methods=method_configs()), directory)
+
+
+def localised(recipe: RunConfig, directory: str | Path) -> RunConfig:
+    """``recipe`` with weights that it names below ``bases/`` as absolute paths below ``directory``."""
+    changes = {}
+    for field in type(recipe.method).model_fields:
+        section = getattr(recipe.method, field)
+        weights = getattr(section, "weights", None)
+        if isinstance(weights, str) and weights.startswith(f"{BASES_FOLDER}/"):
+            changes[field] = section.model_copy(update={"weights": str(Path(directory).absolute() / weights)})
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update=changes)}) if changes else recipe
 
 
 def read_bases(directory: str | Path) -> tuple[Base, ...]:

@@ -361,7 +361,7 @@ def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
             tokenizer,
             context.comm,
             context.seed,
-            positions=int(bert.get("max_position_embeddings", 512)),
+            positions=config.qformer.positions or int(bert.get("max_position_embeddings", 512)),
             recompute=context.gradient_checkpointing,
         )
     if bert:

@@ -84,8 +84,25 @@ def import_lavis(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def lavis_parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(image tower, language model, the rest) of a LAVIS checkpoint; the first two without their prefix."""
+    tower, language, rest = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in state.items():
+        if name.startswith("visual_encoder."):
+            tower[name.removeprefix("visual_encoder.")] = tensor
+        elif name.startswith(("opt_model.", "t5_model.")):
+            language[name.split(".", 1)[1]] = tensor
+        else:
+            rest[name] = tensor
+    return tower, language, rest
+
+
 def _check_repeat(name: str, state: Mapping[str, Tensor]) -> None:
     original = _REPEATED[name]
+    if original is None and not torch.equal(state[name].flatten(), torch.arange(state[name].numel())):
+        raise WeightsError(
+            f"In the LAVIS checkpoint '{name}' does not count 0, 1, 2, ...", "The checkpoint is damaged."
+        )
     if original is not None and not torch.equal(state[name], state[original]):
         raise WeightsError(
             f"In the LAVIS checkpoint '{name}' differs from '{original}', to which it is tied.",

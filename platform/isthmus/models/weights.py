@@ -13,12 +13,14 @@ import io
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -137,7 +139,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = restricted_load(path)
+    except WeightsError:
+        raise
     except Exception as error:  # both loaders raise many unrelated types for a damaged or foreign file
         raise WeightsError(
             f"{path} cannot be read as weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
@@ -147,6 +151,28 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def restricted_load(path: Path) -> Any:
+    """What a pickle written by ``torch.save`` holds, read by torch's restricted loader, which runs no code.
+
+    Raises:
+        WeightsError: the pickle asks for more than tensors and plain containers, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        raise WeightsError(
+            f"{path} cannot be read as weights: its pickle holds more than tensors"
+            f"{f' (it asks for {wanted[1]})' if wanted else ''}, and what a pickle asks for can run code.",
+            "Save it again as tensors only, best as .safetensors.",
+        ) from error
+    except Exception as error:  # the loader raises many unrelated types for a damaged or foreign file
+        raise WeightsError(
+            f"{path} cannot be read as weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            "Give a .safetensors file, or a .pth that holds tensors only.",
+        ) from error
 
 
 # --- packages ----------------------------------------------------------------------------------------------------

@@ -58,6 +58,27 @@ def register(
     return _to_version(api, made, alias, uri)
 
 
+def register_folder(
+    artefact: str | Path, name: str, alias: str, tracking: TrackingConfig | None = None
+) -> ModelVersion:
+    """Registers a model folder that no run of this package trained, in an MLflow run of its own.
+
+    Raises:
+        RegistryError: as :func:`register`.
+    """
+    settings, uri, folder = tracking or TrackingConfig(), store.tracking_uri(tracking), Path(artefact)
+    file = folder / "lineage.json"
+    lineage = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    run_id = store.start_run(uri, settings.experiment, f"import-{name}")
+    try:
+        version = register(folder, name, alias, run_id, uri=uri, lineage=lineage)
+    except BaseException:
+        store.end_run(uri, run_id, "FAILED")
+        raise
+    store.end_run(uri, run_id)
+    return version
+
+
 def _log_model(folder: Path, run_id: str, uri: str) -> str:
     mlflow = store.quiet_mlflow()
     mlflow.set_tracking_uri(uri)
