@@ -15,7 +15,7 @@ from isthmus.compat import ensure_torchvision
 from isthmus.config import QFormerConfig, VisionConfig
 from isthmus.methods import METHODS
 from isthmus.methods.artefact import load_artefact, save_artefact
-from isthmus.models.freezing import trainable_state
+from isthmus.models.freezing import owned_state
 from isthmus.models.text import load_tokenizer
 from isthmus.models.vision import VisionEncoder, build_vision
 from isthmus.testing.backbones import tiny_bert, tiny_lm
@@ -141,7 +141,7 @@ def own(out: Path, method: str, vision: VisionConfig | None = None, family: str 
     save_file({n: t.contiguous() for n, t in module.vision.model.state_dict().items()}, weights)
     config = config.model_copy(update={"vision": vision.model_copy(update={"weights": str(weights)})})
     whole = build(config, with_vision=True)
-    save_artefact(out, trainable_state(module), run_config(config), whole, {"made": "here"})
+    save_artefact(out, owned_state(module), run_config(config), whole, {"made": "here"})
     return load_artefact(out).stage.module
 
 

@@ -27,7 +27,7 @@ from hf_cases import (
 from isthmus.errors import ConfigError, StorageError, WeightsError
 from isthmus.methods.artefact import load_artefact
 from isthmus.methods.interchange import describe_folder, export_hf, import_hf
-from isthmus.models.freezing import trainable_state
+from isthmus.models.freezing import owned_state
 from isthmus.testing.backbones import tiny_lm
 from method_cases import build
 
@@ -74,11 +74,11 @@ def test_a_model_of_our_own_comes_back_whole_with_its_recipe(tmp_path: Path, met
     changes = {"temperature": 0.05} if method == "blip2_stage1" else {"language": {"prompt": "a photo of"}}
     module = own(tmp_path / "ours", method, **changes)
     done = export_hf(tmp_path / "ours", tmp_path / "hf")
-    heads = {"temperature", *(n for n in trainable_state(module) if "lm_head" in n)}
+    heads = {"temperature", *(n for n in owned_state(module) if "lm_head" in n)}
     assert set(done.beside) == (heads if method == "blip2_stage1" else set())
     import_hf(tmp_path / "hf", tmp_path / "back")
     back = load_artefact(tmp_path / "back")
-    assert same(trainable_state(module), trainable_state(back.stage.module))
+    assert same(owned_state(module), owned_state(back.stage.module))
     for key, value in changes.items():
         found = getattr(back.recipe.method, key)
         assert found == value or found.prompt == value["prompt"]  # type: ignore[index]
@@ -107,7 +107,7 @@ def test_an_imported_stage_1_is_a_parent_of_stage_2(folder: Path, tmp_path: Path
     config = METHODS["blip2_stage2"].config(language=tiny_lm(tmp_path / "lm", "gpt2"))
     stage = build(config, parent=str(folder / "stage1-in"), with_vision=True)
     theirs = load_file(folder / "stage1-in/model.safetensors")
-    taken = {n: t for n, t in trainable_state(stage.module).items() if n in theirs}
+    taken = {n: t for n, t in owned_state(stage.module).items() if n in theirs}
     assert len(taken) > 50 and all(torch.equal(theirs[n], t) for n, t in taken.items())
 
 

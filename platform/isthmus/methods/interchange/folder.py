@@ -24,7 +24,7 @@ from isthmus.config import DataConfig, MethodConfig, RunConfig, TrainConfig
 from isthmus.contracts import BuildContext
 from isthmus.errors import StorageError, WeightsError
 from isthmus.methods.artefact import BASES_FOLDER, localised, save_artefact
-from isthmus.models.freezing import load_trainable, state_digest, trainable_state
+from isthmus.models.freezing import load_owned, owned_state, state_digest
 
 VISION, LANGUAGE_FOLDER, TEXT = "vision.safetensors", "language", "text"
 
@@ -114,11 +114,11 @@ def finish(
     stage = METHODS[method.name].build(localised(recipe, folder).method, BuildContext())
     module: Any = stage.module
     _same_names(set(state), {n for n, p in module.named_parameters() if p.requires_grad}, names or {})
-    load_trainable(module, {key: tensor.float() for key, tensor in state.items()})
+    load_owned(module, {key: tensor.float() for key, tensor in state.items()})
     if language is not None:
         _arrived(language, module.language.model)
     bases = [_relative(base, folder) for base in stage.bases]
-    save_artefact(folder, trainable_state(module), recipe, stage, lineage, bases=bases)
+    save_artefact(folder, owned_state(module), recipe, stage, lineage, bases=bases)
     return len(state), sum(tensor.numel() for tensor in state.values())
 
 

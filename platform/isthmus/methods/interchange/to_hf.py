@@ -26,7 +26,7 @@ from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.artefact import LINEAGE, RECIPE, Artefact, load_artefact
 from isthmus.methods.interchange.folder import fresh_folder
 from isthmus.models.attention import ImageTokens
-from isthmus.models.freezing import trainable_state
+from isthmus.models.freezing import owned_state
 from isthmus.models.hf.files import EXTRA, untied, write_folder
 from isthmus.models.hf.names import CLASSES, LANGUAGE, TOWER, Kind, qformer_names, to_hf
 from isthmus.models.hf.tokens import IMAGE, add_dec, place_image_token
@@ -97,7 +97,7 @@ def export_hf(model: str | Path, out: str | Path, *, check: bool = True, toleran
     module: Any = artefact.stage.module
     tower = export_tower(module.vision, module.config.vision)
     shape = module.config.qformer
-    mapped, homeless = to_hf(trainable_state(module), qformer_names(kind, shape.layers, shape.cross_every))
+    mapped, homeless = to_hf(owned_state(module), qformer_names(kind, shape.layers, shape.cross_every))
     difference = _query_difference(module, tower, tolerance)
     state = {**mapped, **{f"{TOWER}{name}": tensor for name, tensor in tower.state.items()}}
     if kind == "blip2_stage2":
