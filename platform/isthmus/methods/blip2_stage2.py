@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -19,10 +20,11 @@ from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, S
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
-from isthmus.methods.batching import choose_caption, cut_captions, stack
+from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
 from isthmus.methods.blip2_stage1 import check_heads
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
-from isthmus.models.language import IGNORED, LanguageModel, build_language
+from isthmus.models.language import build_language
+from isthmus.models.language_base import IGNORED, FrozenLanguage
 from isthmus.models.qformer import QFormer
 from isthmus.models.vision import build_vision, describe_vision
 
@@ -92,7 +94,7 @@ class Blip2Stage2(SeeingModule):
         config: resolved options.
         vision: frozen image encoder, or None.
         image_width: D.
-        language: frozen language model (:mod:`isthmus.models.language`).
+        language: frozen language model (:mod:`isthmus.models.language`, :mod:`isthmus.models.seq2seq`).
         comm: collectives.
         recompute: gradient checkpointing.
     """
@@ -102,7 +104,7 @@ class Blip2Stage2(SeeingModule):
         config: Blip2Stage2Config,
         vision: nn.Module | None,
         image_width: int,
-        language: LanguageModel,
+        language: FrozenLanguage,
         comm: Comm,
         *,
         recompute: bool = False,
@@ -158,10 +160,10 @@ class Blip2Stage2(SeeingModule):
         return taken, dropped
 
     def forward(self, batch: Batch) -> LossTerms:
-        assert batch.ids_BT is not None and batch.mask_BT is not None and batch.labels_BT is not None
-        prefix_BQL = self.soft_prompt(self.image_features(batch))
+        assert batch.labels_BT is not None
+        soft_BQL = self.soft_prompt(self.image_features(batch))
         labels_BT = batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED)
-        found = self.language.loss(prefix_BQL, batch.ids_BT, batch.mask_BT, labels_BT)
+        found = self.language.batch_loss(soft_BQL, replace(batch, labels_BT=labels_BT))
         tokens = found.tokens
         if self.config.lm_mean == "global":
             tokens = self.comm.sum(tokens) / self.comm.world_size
@@ -179,6 +181,7 @@ class Blip2Stage2(SeeingModule):
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """One stripped caption per image. An empty ``prompt`` means the recipe's own."""
         captions: list[str] = self.language.generate(
@@ -188,6 +191,7 @@ class Blip2Stage2(SeeingModule):
             num_beams=num_beams,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
         )
         return captions
 
@@ -200,15 +204,21 @@ def in_text_branch(name: str) -> bool:
 class CollateStage2:
     """Samples -> Batch with the language model's tokens and labels."""
 
-    def __init__(self, language: LanguageModel, seed: int) -> None:
+    def __init__(self, language: FrozenLanguage, seed: int) -> None:
         self.language, self.seed = language, seed
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
-        ids_BT, mask_BT, labels_BT = self.language.caption_tokens(texts)
-        cut_B = cut_captions(texts, self.language.config.max_length, self.language.caption_ids)
-        members = stack(samples, step, epoch)
-        return Batch(**members, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, texts=texts, cut_B=cut_B)
+        limit = self.language.config.max_length
+        prefixes, suffixes = None, list(texts)
+        if self.language.splits:
+            pairs = [split_caption(t, s.id, self.seed, epoch) for t, s in zip(texts, samples, strict=True)]
+            prefixes, suffixes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        cut_B = cut_captions(suffixes, limit, self.language.caption_ids)
+        if prefixes is not None:
+            cut_B |= cut_captions(prefixes, limit, self.language.prefix_ids)
+        members = stack(samples, step, epoch) | self.language.token_members(suffixes, prefixes)
+        return Batch(**members, texts=texts, cut_B=cut_B)
 
 
 def references(vocab: int, global_batch: int) -> Mapping[str, Reference]:  # noqa: ARG001 - the signature of Stage
