@@ -6,7 +6,7 @@ Shape letters: B batch, N image tokens, Q queries, T text tokens, M Q-Former wid
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -30,8 +30,6 @@ from isthmus.models.vision import build_vision, describe_vision
 
 log = logging.getLogger(__name__)
 
-TEXT_BRANCH = ("qformer.words.", "qformer.positions.", "qformer.lm_head.", "vision_proj.", "text_proj.", "itm_head.")
-"""What stage 1 has and stage 2 has not, beside the temperature and the layers' text feed-forward networks."""
 NEW = frozenset({"projection.weight", "projection.bias"})
 """What stage 2 has and stage 1 has not."""
 
@@ -134,28 +132,43 @@ class Blip2Stage2(SeeingModule):
     def load_stage1(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Starts from a stage-1 (or stage-2) model's tensors: (taken, dropped) names.
 
+        A stage-1 model lacks exactly the projection and holds exactly the text branch beside what is taken; a stage-2
+        model holds exactly what is taken.
+
         Raises:
-            WeightsError: anything beside the text branch would be dropped, anything beside the projection would be
-                missing, or a shape differs.
+            WeightsError: the names differ from that in any way, or a shape differs. Nothing is written then.
         """
-        parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        taken = sorted(set(state) & set(parameters))
-        dropped = sorted(set(state) - set(parameters))
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith(("vision.", "language."))
+        }
+        taken, dropped = sorted(set(state) & set(parameters)), sorted(set(state) - set(parameters))
         missing = set(parameters) - set(state)
-        foreign = [name for name in dropped if not in_text_branch(name)]
-        if foreign or missing - NEW:
+        if NEW & set(state):
+            new, text = frozenset[str](), frozenset[str]()
+        else:
+            new, text = NEW, text_branch(len(self.qformer.layers), state)
+        faults = {
+            "it lacks": missing - new,
+            "holds": set(dropped) - text,
+            "lacks of the text branch": text - set(dropped),
+        }
+        if any(faults.values()):
+            found = ", ".join(f"{what} {sorted(names)}" for what, names in faults.items() if names)
             raise WeightsError(
-                f"The parent does not fit this stage: it lacks {sorted(missing - NEW)[:5]} and holds {foreign[:5]}.",
-                "Name a blip2_stage1 model that was trained with the same Q-Former.",
+                f"The parent does not fit this stage: {found}.",
+                "Name a blip2_stage1 or blip2_stage2 model that was trained with the same Q-Former.",
             )
+        for name in taken:
+            if parameters[name].shape != state[name].shape:
+                raise WeightsError(
+                    f"The parent's '{name}' is {tuple(state[name].shape)}, and this stage needs "
+                    f"{tuple(parameters[name].shape)}.",
+                    "Leave method.qformer and method.vision out: they are inherited.",
+                )
         with torch.no_grad():
             for name in taken:
-                if parameters[name].shape != state[name].shape:
-                    raise WeightsError(
-                        f"The parent's '{name}' is {tuple(state[name].shape)}, and this stage needs "
-                        f"{tuple(parameters[name].shape)}.",
-                        "Leave method.qformer and method.vision out: they are inherited.",
-                    )
                 parameters[name].copy_(state[name])
         return taken, dropped
 
@@ -196,9 +209,23 @@ class Blip2Stage2(SeeingModule):
         return captions
 
 
-def in_text_branch(name: str) -> bool:
-    """Whether a stage-1 tensor serves only its text side or its heads."""
-    return name == "temperature" or name.startswith(TEXT_BRANCH) or ".text_ffn." in name
+def text_branch(layers: int, state: Collection[str]) -> frozenset[str]:
+    """Names of the stage-1 tensors that serve only its text side or its heads.
+
+    Args:
+        layers: of the Q-Former.
+        state: the parent's names. A head whose loss had no weight was never there, so of the two heads those count of
+            which something is there.
+    """
+    pairs = ["vision_proj", "text_proj"]
+    pairs += [f"qformer.layers.{i}.text_ffn.{part}" for i in range(layers) for part in ("up", "down", "norm")]
+    names = {"temperature", "qformer.words.weight", "qformer.positions.weight"}
+    if any(name.startswith("itm_head.") for name in state):
+        pairs.append("itm_head")
+    if any(name.startswith("qformer.lm_head.") for name in state):
+        pairs += ["qformer.lm_head.dense", "qformer.lm_head.norm"]
+        names.add("qformer.lm_head.bias")
+    return frozenset(names | {f"{pair}.{end}" for pair in pairs for end in ("weight", "bias")})
 
 
 class CollateStage2:
