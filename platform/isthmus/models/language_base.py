@@ -23,8 +23,8 @@ from isthmus.models.freezing import freeze_all, state_digest
 ensure_torchvision()
 from transformers import GenerationConfig  # noqa: E402
 
-GROUP_ROWS = 4
-MAX_GROUPS = 8
+GROUP_ROWS = 16  # fewer, and reading the weights once more costs what the padding would
+MAX_GROUPS = 4
 
 
 class LossSum(NamedTuple):

@@ -84,7 +84,7 @@ def test_groups_of_rows_equal_one_call(model, monkeypatch) -> None:
     tokens = model.caption_tokens(SUFFIXES * 2, prefixes=PREFIXES * 2)
     found = []
     for groups in (1, 3):
-        monkeypatch.setattr(language_base, "MAX_GROUPS", groups)
+        monkeypatch.setattr(language_base, "GROUP_ROWS", 12 // groups)
         assert len(length_groups(tokens[1].sum(1))) == groups
         x = soft(model, rows).requires_grad_()
         total = model.loss(x, *tokens).total
