@@ -49,17 +49,32 @@ class TextConfig(Config):
 
 
 class LanguageConfig(Config):
-    """A frozen causal language model, in the same notation as :class:`TextConfig`."""
+    """A frozen language model, decoder-only or T5, in the same notation as :class:`TextConfig`."""
 
     weights: Source = "pkg:smollm2-135m-instruct"
     max_length: Positive = Field(32, description="caption tokens, including the end token")
     prompt: str = Field("", description="text between the soft prompt and the caption; takes no loss")
+    keep_end: bool | None = Field(
+        None,
+        description="whether a caption that max_length cuts keeps its end token. Not given: as in LAVIS, where a "
+        "decoder-only model's caption loses it and a T5's keeps it",
+    )
     opening: Literal["text", "first"] = Field(
         "text",
         description="where the begin-of-sequence token stands: before the text, behind the soft prompt (LAVIS), or "
         "first of all, for a model that keeps its attention sink on it and is thrown off by anything else there",
     )
     dropout: bool = Field(False, description="True wakes the frozen model's dropout in training, as LAVIS does")
+    prefix: Literal["drawn", "none"] = Field(
+        "drawn",
+        description="T5: whether the encoder reads a caption's first words, as many as are drawn for the sample and "
+        "epoch, and the decoder predicts the rest (the paper); or the decoder predicts all (LAVIS)",
+    )
+    t5_activation: Literal["lavis", "checkpoint"] = Field(
+        "lavis",
+        description="FLAN-T5's gate: lavis is the exact GELU, which released BLIP-2 models were trained with; "
+        "checkpoint is the language model's own, the approximation by tanh",
+    )
 
 
 class QFormerConfig(Config):

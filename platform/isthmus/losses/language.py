@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, a mean over the tokens of the global batch.
+"""Next-token cross-entropy: a mean over the tokens of the global batch, or a sum through a frozen output layer.
 
 Shape letters: B local rows, T text tokens, V vocabulary, M width, K positions that carry a target.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from isthmus.contracts import Comm, Reference
 from isthmus.losses.contrastive import smoothing_floor
 
 IGNORED = -100
+CHUNK_ELEMENTS = 2**24
+"""Logits that :func:`frozen_head_loss` makes at once: 64 MB in float32, and a few times that to differentiate them."""
 
 
 def next_token_loss(
@@ -50,6 +52,49 @@ def next_token_loss(
         return head(hidden_BTM[:1, 0]).float().sum() * 0.0
     total = F.cross_entropy(head(hidden_KM).float(), targets_K, label_smoothing=smoothing, reduction="sum")
     return total / count.clamp(min=1e-6)
+
+
+def frozen_head_loss(
+    hidden_KM: Tensor, targets_K: Tensor, head: Callable[[Tensor], Tensor], vocab: int, *, rows: int | None = None
+) -> Tensor:
+    """Cross-entropy summed over rows, float32 scalar in nats, through an output layer that takes no gradient.
+
+    Logits are made for some rows at a time and dropped again, so that [K, V] is never held. The gradient of the hidden
+    states is made in the forward pass, while a chunk's logits are there: nothing is computed twice.
+
+    Args:
+        hidden_KM: last hidden states at the positions that carry a target.
+        targets_K: int64.
+        head: hidden [k, M] -> logits [k, V], row by row. Its parameters get no gradient, whatever they ask for.
+        vocab: V.
+        rows: of a chunk; by default as many as CHUNK_ELEMENTS allow.
+    """
+    rows = max(1, CHUNK_ELEMENTS // vocab) if rows is None else rows
+    total: Tensor = _FrozenHeadLoss.apply(hidden_KM, targets_K, head, rows)
+    return total
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_KM: Tensor, targets_K: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        total = hidden_KM.new_zeros((), dtype=torch.float32)
+        slopes = torch.empty_like(hidden_KM) if wanted else None
+        for start in range(0, len(hidden_KM), rows):
+            with torch.set_grad_enabled(wanted):
+                part = hidden_KM[start : start + rows].detach().requires_grad_(wanted)
+                loss = F.cross_entropy(head(part).float(), targets_K[start : start + rows], reduction="sum")
+            if slopes is not None:
+                slopes[start : start + rows] = torch.autograd.grad(loss, part)[0]
+            total += loss.detach()
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        slopes = ctx.saved_tensors[0]
+        return slopes * slope.to(slopes.dtype), None, None, None
 
 
 def language_reference(vocab: int, smoothing: float = 0.0) -> Reference:

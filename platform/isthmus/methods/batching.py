@@ -15,6 +15,7 @@ from isthmus.data.transforms import clean_caption
 from isthmus.losses.counting import uniform
 
 CAPTION_DRAW = 2  # sets the draw of captions apart from those of negatives
+PREFIX_DRAW = 3  # and that of the place where a caption is split from both
 
 
 def choose_caption(sample: Sample, seed: int, epoch: int) -> str:
@@ -32,6 +33,17 @@ def own_tokenizer(tokenizer: Any) -> Any:
     """A copy for a collate function, which works in a thread of its own: a fast tokenizer keeps the padding and
     truncation of its last call, so two threads cannot share one."""
     return copy.deepcopy(tokenizer)
+
+
+def split_caption(text: str, sample_id: int, seed: int, epoch: int) -> tuple[str, str]:
+    """(prefix, suffix) of a caption for prefix language modelling: its first k words and the rest.
+
+    k is uniform in 0 .. n - 1 for n words, so that the suffix is never empty; a pure function of (seed, epoch, sample
+    id). BLIP-2 (Li et al. 2023, section 3.3) splits each caption and does not say where.
+    """
+    words = text.split()
+    k = int(float(uniform(seed, epoch, sample_id, PREFIX_DRAW)) * len(words))
+    return " ".join(words[:k]), " ".join(words[k:])
 
 
 def cut_captions(texts: Sequence[str], limit: int, tokens: Callable[[str], Sequence[int]]) -> Tensor:

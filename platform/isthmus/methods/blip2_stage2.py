@@ -6,7 +6,8 @@ Shape letters: B batch, N image tokens, Q queries, T text tokens, M Q-Former wid
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -19,17 +20,16 @@ from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, S
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
-from isthmus.methods.batching import choose_caption, cut_captions, stack
+from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
 from isthmus.methods.blip2_stage1 import check_heads
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
-from isthmus.models.language import IGNORED, LanguageModel, build_language
+from isthmus.models.language import build_language
+from isthmus.models.language_base import IGNORED, FrozenLanguage
 from isthmus.models.qformer import QFormer
 from isthmus.models.vision import build_vision, describe_vision
 
 log = logging.getLogger(__name__)
 
-TEXT_BRANCH = ("qformer.words.", "qformer.positions.", "qformer.lm_head.", "vision_proj.", "text_proj.", "itm_head.")
-"""What stage 1 has and stage 2 has not, beside the temperature and the layers' text feed-forward networks."""
 NEW = frozenset({"projection.weight", "projection.bias"})
 """What stage 2 has and stage 1 has not."""
 
@@ -92,7 +92,7 @@ class Blip2Stage2(SeeingModule):
         config: resolved options.
         vision: frozen image encoder, or None.
         image_width: D.
-        language: frozen language model (:mod:`isthmus.models.language`).
+        language: frozen language model (:mod:`isthmus.models.language`, :mod:`isthmus.models.seq2seq`).
         comm: collectives.
         recompute: gradient checkpointing.
     """
@@ -102,7 +102,7 @@ class Blip2Stage2(SeeingModule):
         config: Blip2Stage2Config,
         vision: nn.Module | None,
         image_width: int,
-        language: LanguageModel,
+        language: FrozenLanguage,
         comm: Comm,
         *,
         recompute: bool = False,
@@ -132,36 +132,51 @@ class Blip2Stage2(SeeingModule):
     def load_stage1(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Starts from a stage-1 (or stage-2) model's tensors: (taken, dropped) names.
 
+        A stage-1 model lacks exactly the projection and holds exactly the text branch beside what is taken; a stage-2
+        model holds exactly what is taken.
+
         Raises:
-            WeightsError: anything beside the text branch would be dropped, anything beside the projection would be
-                missing, or a shape differs.
+            WeightsError: the names differ from that in any way, or a shape differs. Nothing is written then.
         """
-        parameters = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        taken = sorted(set(state) & set(parameters))
-        dropped = sorted(set(state) - set(parameters))
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith(("vision.", "language."))
+        }
+        taken, dropped = sorted(set(state) & set(parameters)), sorted(set(state) - set(parameters))
         missing = set(parameters) - set(state)
-        foreign = [name for name in dropped if not in_text_branch(name)]
-        if foreign or missing - NEW:
+        if NEW & set(state):
+            new, text = frozenset[str](), frozenset[str]()
+        else:
+            new, text = NEW, text_branch(len(self.qformer.layers), state)
+        faults = {
+            "it lacks": missing - new,
+            "holds": set(dropped) - text,
+            "lacks of the text branch": text - set(dropped),
+        }
+        if any(faults.values()):
+            found = ", ".join(f"{what} {sorted(names)}" for what, names in faults.items() if names)
             raise WeightsError(
-                f"The parent does not fit this stage: it lacks {sorted(missing - NEW)[:5]} and holds {foreign[:5]}.",
-                "Name a blip2_stage1 model that was trained with the same Q-Former.",
+                f"The parent does not fit this stage: {found}.",
+                "Name a blip2_stage1 or blip2_stage2 model that was trained with the same Q-Former.",
             )
+        for name in taken:
+            if parameters[name].shape != state[name].shape:
+                raise WeightsError(
+                    f"The parent's '{name}' is {tuple(state[name].shape)}, and this stage needs "
+                    f"{tuple(parameters[name].shape)}.",
+                    "Leave method.qformer and method.vision out: they are inherited.",
+                )
         with torch.no_grad():
             for name in taken:
-                if parameters[name].shape != state[name].shape:
-                    raise WeightsError(
-                        f"The parent's '{name}' is {tuple(state[name].shape)}, and this stage needs "
-                        f"{tuple(parameters[name].shape)}.",
-                        "Leave method.qformer and method.vision out: they are inherited.",
-                    )
                 parameters[name].copy_(state[name])
         return taken, dropped
 
     def forward(self, batch: Batch) -> LossTerms:
-        assert batch.ids_BT is not None and batch.mask_BT is not None and batch.labels_BT is not None
-        prefix_BQL = self.soft_prompt(self.image_features(batch))
+        assert batch.labels_BT is not None
+        soft_BQL = self.soft_prompt(self.image_features(batch))
         labels_BT = batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED)
-        found = self.language.loss(prefix_BQL, batch.ids_BT, batch.mask_BT, labels_BT)
+        found = self.language.batch_loss(soft_BQL, replace(batch, labels_BT=labels_BT))
         tokens = found.tokens
         if self.config.lm_mean == "global":
             tokens = self.comm.sum(tokens) / self.comm.world_size
@@ -179,6 +194,7 @@ class Blip2Stage2(SeeingModule):
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """One stripped caption per image. ``prompt``: one for all, or one each; an empty one means the recipe's own."""
         own = self.config.language.prompt
@@ -189,27 +205,48 @@ class Blip2Stage2(SeeingModule):
             num_beams=num_beams,
             min_new_tokens=min_new_tokens,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
         )
         return captions
 
 
-def in_text_branch(name: str) -> bool:
-    """Whether a stage-1 tensor serves only its text side or its heads."""
-    return name == "temperature" or name.startswith(TEXT_BRANCH) or ".text_ffn." in name
+def text_branch(layers: int, state: Collection[str]) -> frozenset[str]:
+    """Names of the stage-1 tensors that serve only its text side or its heads.
+
+    Args:
+        layers: of the Q-Former.
+        state: the parent's names. A head whose loss had no weight was never there, so of the two heads those count of
+            which something is there.
+    """
+    pairs = ["vision_proj", "text_proj"]
+    pairs += [f"qformer.layers.{i}.text_ffn.{part}" for i in range(layers) for part in ("up", "down", "norm")]
+    names = {"temperature", "qformer.words.weight", "qformer.positions.weight"}
+    if any(name.startswith("itm_head.") for name in state):
+        pairs.append("itm_head")
+    if any(name.startswith("qformer.lm_head.") for name in state):
+        pairs += ["qformer.lm_head.dense", "qformer.lm_head.norm"]
+        names.add("qformer.lm_head.bias")
+    return frozenset(names | {f"{pair}.{end}" for pair in pairs for end in ("weight", "bias")})
 
 
 class CollateStage2:
     """Samples -> Batch with the language model's tokens and labels."""
 
-    def __init__(self, language: LanguageModel, seed: int) -> None:
+    def __init__(self, language: FrozenLanguage, seed: int) -> None:
         self.language, self.seed = language, seed
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
-        ids_BT, mask_BT, labels_BT = self.language.caption_tokens(texts)
-        cut_B = cut_captions(texts, self.language.config.max_length, self.language.caption_ids)
-        members = stack(samples, step, epoch)
-        return Batch(**members, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, texts=texts, cut_B=cut_B)
+        limit = self.language.config.max_length
+        prefixes, suffixes = None, list(texts)
+        if self.language.splits:
+            pairs = [split_caption(t, s.id, self.seed, epoch) for t, s in zip(texts, samples, strict=True)]
+            prefixes, suffixes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        cut_B = cut_captions(suffixes, limit, self.language.caption_ids)
+        if prefixes is not None:
+            cut_B |= cut_captions(prefixes, limit, self.language.prefix_ids)
+        members = stack(samples, step, epoch) | self.language.token_members(suffixes, prefixes)
+        return Batch(**members, texts=texts, cut_B=cut_B)
 
 
 def references(vocab: int, global_batch: int) -> Mapping[str, Reference]:  # noqa: ARG001 - the signature of Stage

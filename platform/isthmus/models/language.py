@@ -1,94 +1,61 @@
-"""A frozen causal language model that reads a soft prompt: loss for training, captions for inference.
+"""Frozen causal language models that read a soft prompt: loss for training, captions for inference.
 
 A row is ``[soft prompt ; BOS ; prompt ; caption ; end]``. BOS is there where the model's own tokenizer puts one.
 Padding is on the right in training and on the left in generation, masked in both.
 
-Shape letters: B batch, Q soft-prompt tokens, T text tokens, L language-model width, K label positions, V vocabulary.
+Shape letters: B batch, Q soft-prompt tokens, T text tokens, S positions of both, L language-model width, K label
+positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from isthmus.compat import ensure_torchvision
 from isthmus.config.schema import LanguageConfig
-from isthmus.contracts import Base
+from isthmus.contracts import Batch
 from isthmus.errors import ConfigError, WeightsError
-from isthmus.models.freezing import freeze_all, state_digest
-from isthmus.models.text import load_pretrained, load_tokenizer
+from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum, length_groups, total_loss
+from isthmus.models.seq2seq import Seq2SeqLanguageModel, load_t5
+from isthmus.models.text import load_config, load_pretrained, load_tokenizer
 
 ensure_torchvision()
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
-
-IGNORED = -100
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 
-class LossSum(NamedTuple):
-    """A sum and what to divide it by, left apart so that the caller can use the count of the global batch.
+class LanguageModel(FrozenLanguage):
+    """A frozen decoder-only model.
 
     Attributes:
-        total: float32 scalar, cross-entropy summed over label tokens, in nats.
-        tokens: float32 scalar, their number; not differentiable.
-    """
-
-    total: Tensor
-    tokens: Tensor
-
-
-class LanguageModel(nn.Module):
-    """The frozen model and its tokenizer. No parameter takes a gradient; the soft prompt does.
-
-    ``train()`` changes nothing unless the recipe's ``dropout`` is on: a frozen model's dropout only adds noise.
-
-    Attributes:
-        width: L, of the input embeddings (OPT-350m's differs from its hidden width).
-        vocab: V, rows of the output layer.
-        tokenizer: the transformers tokenizer. base: source and digest of the weights.
-        end_id, bos_id: closes a caption; opens a text, or None.
-        first_id: stands before the soft prompt, or None.
+        bos_id: opens a text, or None. first_id: stands before the soft prompt, or None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: LanguageConfig) -> None:
-        super().__init__()
-        freeze_all(model)
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.base = Base("language", config.weights, state_digest(model))
-        self.width = int(model.get_input_embeddings().embedding_dim)
-        self.vocab = int(model.get_output_embeddings().weight.shape[0])
-        self.bos_id, self.end_id, self.pad_id = _special_ids(model.config.model_type, tokenizer)
+        bos_id, end_id, pad_id = _special_ids(model.config.model_type, tokenizer)
+        super().__init__(model, tokenizer, config, end_id, pad_id)
         self.first_id = _first_id(tokenizer, config) if config.opening == "first" else None
-        if self.first_id is not None:
-            self.bos_id = None
-        # Sampling defaults that instruct models ship with must not reach our greedy and beam search.
-        model.generation_config = GenerationConfig(pad_token_id=self.pad_id, eos_token_id=self._stop_ids())
-        self.eval()
-
-    def train(self, mode: bool = True) -> LanguageModel:
-        """Stays in eval mode unless the recipe wakes the dropout."""
-        return super().train(mode and self.config.dropout)
-
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Input embeddings [B, T, L]."""
-        return self.model.get_input_embeddings()(ids_BT)
-
-    def embedding_rms(self) -> float:
-        """Root mean square of the input embeddings' elements."""
-        with torch.no_grad():
-            return float(self.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
+        self.bos_id = bos_id if self.first_id is None else None
 
     # --- training ----------------------------------------------------------------------------------------------
+
+    def token_members(self, texts: Sequence[str], prefixes: Sequence[str] | None = None) -> dict[str, Tensor]:
+        assert prefixes is None, "a decoder-only model predicts the whole caption"
+        return dict(zip(("ids_BT", "mask_BT", "labels_BT"), self.caption_tokens(texts), strict=True))
+
+    def batch_loss(self, soft_BQL: Tensor, batch: Batch) -> LossSum:
+        assert batch.ids_BT is not None and batch.mask_BT is not None and batch.labels_BT is not None
+        return self.loss(soft_BQL, batch.ids_BT, batch.mask_BT, batch.labels_BT)
 
     def caption_tokens(self, texts: Sequence[str], prompt: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What :meth:`loss` takes, right-padded, int64 [B, T] each: ids, 0/1 mask, labels.
 
         Labels are -100 on padding and on the prompt with its BOS. Without a prompt a BOS is a label, as in LAVIS: the
         soft prompt's last token predicts it. A caption and its end token take at most ``max_length`` tokens; what is
-        cut off loses the end token, since it does not end there.
+        cut off loses the end token, since it does not end there, unless the recipe's ``keep_end`` says otherwise.
 
         Args:
             texts: captions.
@@ -96,14 +63,10 @@ class LanguageModel(nn.Module):
         """
         prompt = (self.config.prompt if prompt is None else prompt).strip()
         head = self._prompt_ids(prompt)
-        rows = [self.caption_ids(text, prompt)[: self.config.max_length] for text in texts]
-        longest = len(head) + max((len(row) for row in rows), default=0)
-        ids_BT = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORED)
-        for i, row in enumerate(rows):
-            whole = torch.tensor(head + row, dtype=torch.int64)
-            ids_BT[i, : len(whole)], mask_BT[i, : len(whole)] = whole, 1
-            labels_BT[i, : len(whole)] = whole
+        ids_BT, mask_BT = self._right_padded(
+            [head + self.cut(self.caption_ids(text, prompt), keep_end=False) for text in texts]
+        )
+        labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
         if prompt:
             labels_BT[:, : len(head)] = IGNORED
         return ids_BT, mask_BT, labels_BT
@@ -111,8 +74,7 @@ class LanguageModel(nn.Module):
     def loss(self, prefix_BQL: Tensor, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> LossSum:
         """Next-token cross-entropy over the label positions, summed, in float32.
 
-        Logits are made only where labels are: the vocabulary is the widest axis of the model. With no label at all
-        the sum is a differentiable zero, so that every rank runs the same backward.
+        Logits are made only where labels are: the vocabulary is the widest axis of the model.
 
         Args:
             prefix_BQL: soft prompt, Q >= 1.
@@ -120,12 +82,14 @@ class LanguageModel(nn.Module):
         """
         prefix_BQL = self._opened(prefix_BQL)
         queries = prefix_BQL.shape[1]
-        hidden_BTL = self._hidden(prefix_BQL, ids_BT, mask_BT)[:, queries - 1 : -1]
-        counted_BT = labels_BT != IGNORED
-        if not bool(counted_BT.any()):
-            return LossSum(hidden_BTL.float().sum() * 0.0, counted_BT.sum().float())
-        logits_KV = self.logits(hidden_BTL[counted_BT])
-        return LossSum(F.cross_entropy(logits_KV, labels_BT[counted_BT], reduction="sum"), counted_BT.sum().float())
+        length_B = mask_BT.sum(1)
+        parts = []
+        for rows in length_groups(length_B):
+            longest = int(length_B[rows].max()) if len(rows) < len(length_B) else ids_BT.shape[1]
+            ids, mask, labels = (x[rows, :longest] for x in (ids_BT, mask_BT, labels_BT))
+            hidden = self._hidden(prefix_BQL[rows], ids, mask)[:, queries - 1 : queries - 1 + longest]
+            parts.append(self._label_loss(hidden, labels))
+        return total_loss(parts)
 
     def logits(self, hidden_KL: Tensor) -> Tensor:
         """Float32 logits [K, V] of last hidden states, with the scaling and capping that some families add."""
@@ -156,50 +120,10 @@ class LanguageModel(nn.Module):
 
     # --- generation --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prefix_BQL: Tensor,
-        prompt: str | Sequence[str] | None = None,
-        max_new_tokens: int = 30,
-        num_beams: int = 1,
-        min_new_tokens: int = 0,
-        length_penalty: float = 1.0,
-    ) -> list[str]:
-        """Captions, stripped, without soft prompt and prompt; greedy with one beam, else beam search.
-
-        A row's caption does not depend on what else is in the batch.
-
-        Args:
-            prefix_BQL: soft prompt.
-            prompt: one for all rows or one each; the recipe's own when None.
-            max_new_tokens, min_new_tokens: bounds on generated tokens, not counting the end token in the lower one.
-            num_beams: hypotheses kept.
-            length_penalty: beam scores are divided by length to this power.
-
-        Raises:
-            ConfigError: prompts and rows differ in number.
-        """
-        rows = prefix_BQL.shape[0]
-        if rows == 0:
-            return []
-        prompts = [self.config.prompt if prompt is None else prompt] * rows if _single(prompt) else list(prompt or ())
-        if len(prompts) != rows:
-            raise ConfigError(f"{len(prompts)} prompts were given for {rows} images.", "Give one, or one for each.")
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            prefix_BQL = self._opened(prefix_BQL)
-            inputs_BSL, mask_BS = self._left_padded(prefix_BQL, [self._prompt_ids(str(p).strip()) for p in prompts])
-            search = {"length_penalty": length_penalty, "early_stopping": False} if num_beams > 1 else {}
-            settings = GenerationConfig(
-                max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, num_beams=num_beams,
-                do_sample=False, use_cache=True, pad_token_id=self.pad_id, eos_token_id=self._stop_ids(), **search,
-            )  # fmt: skip
-            new_BT = self.model.generate(inputs_embeds=inputs_BSL, attention_mask=mask_BS, generation_config=settings)
-        finally:
-            self.model.train(was_training)
-        return [self._decode(row) for row in new_BT.tolist()]
+    def _generation_inputs(self, prefix_BQL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        prefix_BQL = self._opened(prefix_BQL)
+        inputs_BSL, mask_BS = self._left_padded(prefix_BQL, [self._prompt_ids(prompt) for prompt in prompts])
+        return {"inputs_embeds": inputs_BSL, "attention_mask": mask_BS}
 
     def _left_padded(self, prefix_BQL: Tensor, heads: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Padding, soft prompt, text: the text has to be last, or the model would continue the padding."""
@@ -217,19 +141,7 @@ class LanguageModel(nn.Module):
             mask_BS[i, gap:] = 1
         return inputs_BSL, mask_BS
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        stops = set(self._stop_ids())
-        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-
     # --- tokens ------------------------------------------------------------------------------------------------
-
-    def _stop_ids(self) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return [self.end_id] if eos is None or eos == self.end_id else [self.end_id, int(eos)]
-
-    def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         return ([] if self.bos_id is None else [self.bos_id]) + self._plain_ids(prompt)
@@ -246,21 +158,33 @@ class LanguageModel(nn.Module):
         return [*(whole[len(head) :] if fits else self._plain_ids(text)), self.end_id]
 
 
-def build_language(config: LanguageConfig, *, bf16: bool = False) -> LanguageModel:
+def build_language(config: LanguageConfig, *, bf16: bool = False) -> FrozenLanguage:
     """The frozen language model that ``config`` names, held in float32, or in bfloat16 to train a prompt for it.
 
-    The digest is that of the float32 weights either way.
+    Its own configuration says whether it is decoder-only or a T5. The digest is that of the float32 weights either way.
 
     Raises:
-        ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or no causal language model there.
+        ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or no language model of these kinds there.
     """
-    model = load_pretrained(AutoModelForCausalLM, config.weights, "a causal language model")
-    language = LanguageModel(model, load_tokenizer(config.weights), config)
+    language: FrozenLanguage
+    if _is_encoder_decoder(config.weights):
+        language = Seq2SeqLanguageModel(load_t5(config), load_tokenizer(config.weights), config)
+    else:
+        model = load_pretrained(AutoModelForCausalLM, config.weights, "a causal language model")
+        language = LanguageModel(model, load_tokenizer(config.weights), config)
     if bf16:
-        model.to(torch.bfloat16)
+        language.model.to(torch.bfloat16)
         if not torch.cuda.is_available():
-            model.set_attn_implementation("eager")  # torch's fused attention in bf16 takes CPUs many times longer
+            # torch's fused attention in bf16 takes CPUs many times longer
+            language.model.set_attn_implementation("eager")
     return language
+
+
+def _is_encoder_decoder(weights: str) -> bool:
+    try:
+        return bool(getattr(load_config(weights), "is_encoder_decoder", False))
+    except WeightsError:  # loading it says what is wrong
+        return False
 
 
 def _special_ids(family: str, tokenizer: Any) -> tuple[int | None, int, int]:
@@ -293,7 +217,3 @@ def _first_id(tokenizer: Any, config: LanguageConfig) -> int:
             "Leave method.language.opening at 'text'.",
         )
     return int(tokenizer.bos_token_id)
-
-
-def _single(prompt: str | Sequence[str] | None) -> bool:
-    return prompt is None or isinstance(prompt, str)

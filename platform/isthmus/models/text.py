@@ -54,7 +54,7 @@ def load_bert(weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         WeightsError: see :func:`isthmus.models.weights.resolve`.
     """
     path = resolve(weights)
-    config = _config(weights)
+    config = load_config(weights)
     if config.model_type != "bert":
         raise ConfigError(
             f"'{weights}' is a '{config.model_type}' model, and a BERT is needed.",
@@ -109,7 +109,7 @@ def build_sentence_encoder(config: TextConfig) -> SentenceEncoder:
     Raises:
         ConfigError, WeightsError: as :func:`load_bert`.
     """
-    facts = _config(config.weights)
+    facts = load_config(config.weights)
     extra = {"add_pooling_layer": False} if facts.model_type in ("bert", "roberta", "xlm-roberta") else {}
     model = load_pretrained(AutoModel, config.weights, "a text encoder", **extra)
     return SentenceEncoder(model, load_tokenizer(config.weights), config, int(facts.hidden_size))
@@ -159,7 +159,12 @@ def load_pretrained(kind: Any, weights: str, what: str, **options: Any) -> Any:
     return model
 
 
-def _config(weights: str) -> Any:
+def load_config(weights: str) -> Any:
+    """The transformers configuration of ``weights``.
+
+    Raises:
+        ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or it is not readable.
+    """
     try:
         return AutoConfig.from_pretrained(resolve(weights), local_files_only=True)
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -28,6 +28,8 @@ from transformers import (  # noqa: E402
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -95,6 +97,43 @@ def tiny_lm(
     tokenizer = _bpe(family)
     tokenizer.save_pretrained(out)
     _save(_seeded(lambda: _language_model(family, tokenizer, layers, width, heads), seed), out)
+    return LanguageConfig(weights=str(out), max_length=16)
+
+
+def tiny_t5(
+    folder: str | Path, *, tied: bool = False, layers: int = 2, width: int = 32, heads: int = 4, seed: int = 0
+) -> LanguageConfig:
+    """Writes a T5 with a BPE tokenizer in Hugging Face layout, as FLAN-T5 is published, or with ``tied`` as T5 v1.0 is.
+
+    FLAN-T5 has gated feed-forward networks and an output matrix of its own; dropout is 0.1, so that a test can wake it.
+
+    Returns:
+        a LanguageConfig that points at it.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _t5_tokenizer()
+    tokenizer.save_pretrained(out)
+    feed_forward = "relu" if tied else "gated-gelu"
+    published: dict[str, Any] = {"tie_word_embeddings": tied, "decoder_start_token_id": 0}
+    config = T5Config(
+        vocab_size=len(tokenizer) + 3,  # the real one has spare rows too
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj=feed_forward,
+        **published,
+    )
+
+    def build() -> T5ForConditionalGeneration:
+        model = T5ForConditionalGeneration(config)
+        if not tied:  # transformers 5 ties what it builds from a configuration
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    _save(_seeded(build, seed), out)
     return LanguageConfig(weights=str(out), max_length=16)
 
 
@@ -169,6 +208,23 @@ def _bpe(family: Family) -> PreTrainedTokenizerFast:
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))]
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+def _t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Pads with id 0 and puts ``</s>``, id 1, behind; spaces are part of words."""
+    special = ["<pad>", "</s>", "<unk>"]
+    core = Tokenizer(models.BPE(unk_token=special[2]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, show_progress=False, initial_alphabet=[chr(c) for c in range(33, 127)]
+    )
+    core.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 def _seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:

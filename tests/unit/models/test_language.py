@@ -1,5 +1,6 @@
 """The frozen language model: token layout, loss, gradients, generation."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from isthmus.errors import ConfigError, WeightsError
+from isthmus.models import language_base
 from isthmus.models.language import LanguageModel, build_language
 from isthmus.testing.backbones import tiny_bert, tiny_lm
 
@@ -106,6 +108,49 @@ def test_the_loss_is_the_whole_model_s_own(models, family):
     assert result.total.item() == pytest.approx(total, rel=1e-4)
 
 
+def test_keep_end_decides_what_a_cut_caption_loses(models):
+    model = models["llama"]
+    other = LanguageModel(model.model, model.tokenizer, model.config.model_copy(update={"keep_end": True}))
+    ids_BT, mask_BT, labels_BT = other.caption_tokens(["cat " * 40, "sun"], "")
+    assert ids_BT.shape == (2, 1 + 16) and mask_BT[0].all()
+    assert ids_BT[0, -1] == labels_BT[0, -1] == other.end_id
+    assert torch.equal(ids_BT[:, :-1], model.caption_tokens(["cat " * 40, "sun"], "")[0][:, :-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_groups_of_rows_equal_one_call(models, family, prompt, monkeypatch):
+    model = models[family]
+    tokens = model.caption_tokens([" ".join(["cat"] * n) for n in (5, 9, 1, 7, 3, 10, 2, 8, 4, 6, 1, 9)], prompt)
+    found = []
+    for groups in (1, 3):
+        monkeypatch.setattr(language_base, "GROUP_ROWS", 12 // groups)
+        assert len(language_base.length_groups(tokens[1].sum(1))) == groups
+        x = prefix(model, 12).requires_grad_()
+        result = model.loss(x, *tokens)
+        result.total.backward()
+        found.append((result.total.detach(), result.tokens, x.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=2e-5)
+    assert (found[0][2].abs().sum((1, 2)) > 0.01).all()
+
+
+def test_groups_hold_every_row_once_and_rows_of_one_length_together(monkeypatch):
+    lengths = torch.tensor([5, 9, 1, 7, 3, 9, 2, 8, 4, 6, 1, 9])
+    monkeypatch.setattr(language_base, "GROUP_ROWS", 4)
+    groups = language_base.length_groups(lengths)
+    assert sorted(torch.cat(groups).tolist()) == list(range(12)) and len(groups) == 3
+    assert all(lengths[a].max() <= lengths[b].min() for a, b in itertools.pairwise(groups))
+    assert [g.tolist() for g in language_base.length_groups(lengths[:7])] == [list(range(7))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_padding_on_the_right_changes_nothing(models, family):
+    model, x = models[family], prefix(models[family], 3)
+    ids, mask, labels = model.caption_tokens(TEXTS, "a photo of")
+    wide = (F.pad(ids, (0, 4), value=7), F.pad(mask, (0, 4)), F.pad(labels, (0, 4), value=-100))
+    torch.testing.assert_close(model.loss(x, *wide), model.loss(x, ids, mask, labels), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_soft_prompt_and_no_weight(models, family):
     model = models[family]
@@ -113,6 +158,20 @@ def test_gradients_reach_the_soft_prompt_and_no_weight(models, family):
     model.loss(prefix_BQL, *model.caption_tokens(TEXTS, "")).total.backward()
     assert (prefix_BQL.grad.abs().sum(-1) > 0).all(), "every query of every row"
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_on_a_processor_is_near_float32(tmp_path, models, family):
+    half = build_language(tiny_lm(tmp_path, family), bf16=True)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    tokens, x = half.caption_tokens(TEXTS, ""), prefix(half, 3).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as training runs it
+        found = half.loss(x, *tokens)
+    found.total.backward()
+    whole = models[family].loss(x.detach(), *tokens)
+    assert found.total.dtype == torch.float32 and found.tokens == whole.tokens
+    assert float((found.total / found.tokens).detach()) == pytest.approx(float(whole.total / whole.tokens), abs=2e-2)
+    assert x.grad.isfinite().all() and (x.grad.abs().sum(-1) > 0).all()
 
 
 def test_no_label_is_a_differentiable_zero(models):
