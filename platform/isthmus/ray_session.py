@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from isthmus.errors import IsthmusError
 LOGS = "ISTHMUS_RAY_LOGS"
 """Set to anything, it shows what workers print; without it their logs are in Ray's session folder alone."""
 
+AUTH = "RAY_AUTH_MODE"
 MANY_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 ATTEMPTS = 3
 KNOCK_S = 10.0
@@ -46,7 +48,7 @@ def ray_session(cpus: float = 0) -> Iterator[None]:
 def begin(cpus: float = 0) -> bool:
     """What :func:`ray_session` does at its start: true where :func:`end` should follow, because Ray was not there."""
     joined = joins_cluster()
-    _prepare(local=not joined)
+    prepare()
     import ray
 
     if ray.is_initialized():
@@ -124,8 +126,13 @@ def _knock(address: str) -> None:
         socket.create_connection((found[1], int(found[2])), timeout=KNOCK_S).close()
 
 
-def _prepare(*, local: bool) -> None:
-    """Settings that Ray reads when it is first imported and hands to its children; what the user has set stays."""
+def prepare() -> None:
+    """Settings that Ray reads when it is first imported and hands to its children; what the user has set stays.
+
+    Packages whose modules import Ray call this first: a process that imported Ray without them and starts a cluster
+    with them would disagree with its own cluster about tokens.
+    """
+    late = "ray" in sys.modules
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -138,11 +145,12 @@ def _prepare(*, local: bool) -> None:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if local:
+    if not joins_cluster():
         # Ray takes 127.0.0.1 for "find my address" and then listens on every interface, for a cluster to come. This
         # switch, made for systems that only run single nodes, is what keeps all of its ports on loopback.
         settings[MANY_NODES] = "0"
-        settings["RAY_AUTH_MODE"] = "token"  # Ray's own default, which it announces on every start unless asked for
+        if not late:  # else Ray settles it at its start; a setting that it has not read would split the two
+            settings[AUTH] = "token"
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # no cloud takes this machine away
     for name, value in settings.items():
         os.environ.setdefault(name, value)
