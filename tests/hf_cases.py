@@ -115,7 +115,7 @@ def tower(name: str = "vit_base_patch16_clip_224", **options: Any) -> VisionConf
     own = {"pre_norm": False, "norm_layer": "layernorm", "final_norm": False} if "clip" in name else {}
     sizes = {"embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": 8}
     return VisionConfig(
-        name=name, weights="random", image_size=SIZE, final_norm=False, options={**sizes, **own, **options}
+        name=name, weights="random", image_size=SIZE, layer=-1, final_norm=False, options={**sizes, **own, **options}
     )
 
 

@@ -190,7 +190,8 @@ def _block(model: Any, pixels_BCHW: Tensor, config: VisionConfig) -> Tensor:
         return model.forward_intermediates(pixels_BCHW, indices=[index], intermediates_only=True)[0]
     options: dict[str, Any] = {"norm": config.final_norm, "stop_early": True, "intermediates_only": True}
     if "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters:
-        options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+        # Asked of a model without prefix tokens, some of timm's answer with an error.
+        options |= {"output_fmt": "NLC", "return_prefix_tokens": bool(getattr(model, "num_prefix_tokens", 0))}
     else:  # hierarchical transformers give maps here, channels first whatever their own layout
         features_BCHW = model.forward_intermediates(pixels_BCHW, indices=[index], output_fmt="NCHW", **options)[0]
         return features_BCHW.flatten(2).transpose(1, 2)

@@ -42,7 +42,7 @@ def theirs(found: Tower) -> nn.Module:
         tower("vit_base_patch16_224", proj_bias=False),
         tower("vit_small_patch14_dinov2"),
         VisionConfig(
-            name="eva_giant_patch14_224", weights="random", image_size=SIZE, final_norm=False, options=EVA
+            name="eva_giant_patch14_224", weights="random", image_size=SIZE, layer=-1, final_norm=False, options=EVA
         ),
         VisionConfig(
             name="eva_giant_patch14_clip_224", weights="random", image_size=SIZE, final_norm=False, layer=-2,
@@ -111,7 +111,12 @@ def test_towers_that_are_more_than_a_plain_vit_are_refused_by_name(
     sizes = {"embed_dim": 48, "depth": 2, "num_heads": 4, "patch_size": 8} if plain else {}
     final = not plain
     config = VisionConfig(
-        name=name, weights="random", image_size=SIZE if plain else None, options={**sizes, **more}, final_norm=final
+        name=name,
+        weights="random",
+        image_size=SIZE if plain else None,
+        options={**sizes, **more},
+        layer=-1,
+        final_norm=final,
     )
     with pytest.raises(ConfigError, match=rf"(?s)'{name}'.*{reason}"):
         export_tower(build_vision(config), config)
