@@ -29,6 +29,16 @@ def merge_heads(x_BHSd: Tensor) -> Tensor:
     return x_BHSd.transpose(1, 2).flatten(2)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """Attention of queries [B, H, S, d] to keys and values [B, H, K, d]: what they see, [B, H, S, d].
+
+    Args:
+        allowed: bool, broadcastable to [B, H, S, K], True where a row may look; None lets all look at all.
+        dropout: of the attention weights.
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+
+
 class SelfAttention(nn.Module):
     """Self-attention block with residual and post-norm. Queries and text share its weights.
 
@@ -72,7 +82,7 @@ class SelfAttention(nn.Module):
             allowed = allowed[..., :leading, :] if allowed is not None else None
         query = split_heads(packing.spread(self.query(x_RM)), self.heads)
         p = self.attention_dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=p)
+        seen = attend(query, key, value, allowed, p)
         seen_RM = packing.collect(merge_heads(seen))
         return self.norm(self.dropout(self.output(seen_RM)) + x_RM), packing, (key, value)
 
@@ -180,7 +190,7 @@ class CrossAttention(nn.Module):
         if kv is None:
             seen = self._direct(query_BHSd, image, p)
         else:
-            seen = merge_heads(F.scaled_dot_product_attention(query_BHSd, *kv, dropout_p=p))
+            seen = merge_heads(attend(query_BHSd, *kv, None, p))
         return self.norm(self.dropout(self.output(seen)) + x_BSM)
 
     def _direct(self, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:

@@ -217,7 +217,7 @@ class QFormer(nn.Module):
             parts.append(self.queries.expand(len(image), -1, -1).flatten(0, 1))
         if ids_BT is not None:
             before = past[0][0].shape[2] - c.queries if past is not None else 0
-            parts.append(self._embed_text(ids_BT, before)[mask_now_BT.bool()])
+            parts.append(self._embed_text(ids_BT, mask_now_BT, before))
         x_RM = self.dropout(self.embedding_norm(torch.cat(parts) if len(parts) > 1 else parts[0]))
         allowed = None
         if ids_BT is not None and mask_BT is not None:
@@ -264,10 +264,11 @@ class QFormer(nn.Module):
             kept.append(keys_values)
         return x_RM, packing, tuple(kept)
 
-    def _embed_text(self, ids_BT: Tensor, before: int) -> Tensor:
+    def _embed_text(self, ids_BT: Tensor, mask_BT: Tensor, before: int) -> Tensor:
+        """Embeddings [K, M] of the tokens that are no padding, the first of them in place ``before``."""
         assert self.words is not None and self.positions is not None, "this Q-Former was built without a text branch"
-        places_T = torch.arange(before, before + ids_BT.shape[1], device=ids_BT.device)
-        return self.words(ids_BT) + self.positions(places_T)
+        row_K, place_K = mask_BT.nonzero(as_tuple=True)
+        return self.words(ids_BT[row_K, place_K]) + self.positions(place_K + before)
 
     def logits(self, text_KM: Tensor) -> Tensor:
         """Next-token logits [K, V+1] of chosen text rows."""
