@@ -7,7 +7,8 @@ import torch
 
 from isthmus.config import QFormerConfig
 from isthmus.errors import WeightsError
-from isthmus.models.attention import ImageMemory, ImageTokens
+from isthmus.models import attention
+from isthmus.models.attention import ImageMemory, ImageTokens, _written_out
 from isthmus.models.lavis import import_lavis, lavis_names
 from isthmus.models.packing import Packing
 from isthmus.models.qformer import QFormer, bert_names, load_bert_layers
@@ -182,6 +183,35 @@ def test_leading_rows_are_the_first_of_all_rows(qformer, inputs) -> None:
     torch.testing.assert_close(
         qformer(None, ids, mask, leading=1).text_BTM, qformer(None, ids, mask).text_BTM[:, :1], rtol=0, atol=1e-6
     )
+
+
+def test_attention_written_out_is_the_fused_one_with_gradients() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, n, 8, generator=generator, dtype=torch.double) for n in (5, 7, 7))
+    allowed = torch.rand(3, 1, 5, 7, generator=generator) > 0.3
+    allowed[..., 0] = True
+    found = []
+    for form in (_written_out, torch.nn.functional.scaled_dot_product_attention):
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        seen = form(*given, allowed, 0.0)
+        (seen * torch.linspace(-1, 1, seen.numel(), dtype=seen.dtype).view_as(seen)).sum().backward()
+        found.append([seen, *(x.grad for x in given)])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    dropped = _written_out(q, k, torch.ones_like(v), None, 0.5)
+    assert dropped.std() > 0.05 and abs(float(dropped.mean()) - 1) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["image", "joint", "cached"])
+def test_bf16_takes_the_written_form_and_stays_close(kind, qformer, inputs, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(attention, "_written_out", lambda *a: calls.append(a[0].dtype) or _written_out(*a))
+    exact = run(qformer, kind, *inputs)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(qformer, kind, *inputs)
+    assert calls and set(calls) == {torch.bfloat16}
+    for name in exact:
+        torch.testing.assert_close(half[name].float(), exact[name], rtol=0, atol=0.06)
 
 
 def padding_computed(monkeypatch: pytest.MonkeyPatch) -> None:
