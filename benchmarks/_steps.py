@@ -109,7 +109,9 @@ def in_own_process(script: str, arguments: Sequence[str]) -> dict[str, float]:
     that has seen other variants."""
     # Freed blocks go back at once, so that what is resident is what is used.
     settings = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True, env=settings)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], check=True, capture_output=True, text=True, env=settings
+    )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -22,7 +22,18 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from _plain_stage1 import PlainStage1
-from _steps import PeakMemory, alternate, device, flops, has_bf16, in_own_process, matmul_rate, report, table, utilisation
+from _steps import (
+    PeakMemory,
+    alternate,
+    device,
+    flops,
+    has_bf16,
+    in_own_process,
+    matmul_rate,
+    report,
+    table,
+    utilisation,
+)
 from torch import Tensor, nn
 
 from isthmus.config import QFormerConfig
@@ -140,7 +151,9 @@ class Bench:
         found: dict[str, object] = {
             "speedup_vs_plain": plain / ours,
             "speedup_bf16": plain / half["Isthmus"] if half["Isthmus"] else None,
-            "speedup_vs_plain_both_bf16": half["plain"] / half["Isthmus"] if half["Isthmus"] and half["plain"] else None,
+            "speedup_vs_plain_both_bf16": half["plain"] / half["Isthmus"]
+            if half["Isthmus"] and half["plain"]
+            else None,
             "flop_bound": work["plain"] / work["Isthmus"],
             "samples_per_s": size / ours,
             "samples_per_s_bf16": size / half["Isthmus"] if half["Isthmus"] else None,
@@ -239,7 +252,7 @@ def _projected_in_every_pass() -> Iterator[None]:
         return attention.merge_heads(attention.attend(query_BHSd, *self.project(image), None, p))
 
     with (
-        mock.patch.object(QFormer, "remember", lambda _, image, uses=1.0: ImageMemory(image)),
+        mock.patch.object(QFormer, "remember", lambda _, image, *__, **___: ImageMemory(image)),
         mock.patch.object(CrossAttention, "_direct", direct),
     ):
         yield
@@ -248,7 +261,9 @@ def _projected_in_every_pass() -> Iterator[None]:
 def _logits_everywhere() -> AbstractContextManager[object]:
     def loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *_: object, **kw: object) -> Tensor:
         logits = head(hidden.flatten(0, 1)).unflatten(0, labels.shape)[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=float(str(kw["smoothing"])))
+        return F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=float(str(kw["smoothing"]))
+        )
 
     return mock.patch.object(blip2_stage1, "next_token_loss", loss)
 
@@ -267,7 +282,9 @@ def _all_last_rows() -> Iterator[None]:
 
 def _norm_in_the_tokens() -> AbstractContextManager[object]:
     return mock.patch.object(
-        VisionNorm, "forward", lambda self, x, dtype=torch.float32: ImageTokens(nn.LayerNorm.forward(self, x.float()).to(dtype))
+        VisionNorm,
+        "forward",
+        lambda self, x, dtype=torch.float32: ImageTokens(nn.LayerNorm.forward(self, x.float()).to(dtype)),
     )
 
 
@@ -333,7 +350,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = "64,256" if torch.cuda.is_available() else "8,16"
     parser.add_argument(
-        "--batches", type=lambda text: [int(b) for b in text.split(",")], default=default, help="the last is the headline"
+        "--batches",
+        type=lambda text: [int(b) for b in text.split(",")],
+        default=default,
+        help="the last is the headline",
     )
     parser.add_argument("--repeats", type=int, default=3, help="alternating rounds; their median counts")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")

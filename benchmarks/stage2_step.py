@@ -18,7 +18,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from _steps import PeakMemory, alternate, device, flops, has_bf16, in_own_process, matmul_rate, report, table, utilisation
+from _steps import (
+    PeakMemory,
+    alternate,
+    device,
+    flops,
+    has_bf16,
+    in_own_process,
+    matmul_rate,
+    report,
+    table,
+    utilisation,
+)
 from torch import Tensor, nn
 
 from isthmus.compat import ensure_torchvision

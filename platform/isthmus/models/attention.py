@@ -199,10 +199,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BSM: Tensor, image: ImageTokens, kv: KeyValue | None) -> Tensor:
         query_BHSd = split_heads(self.query(x_BSM), self.heads)
         p = self.attention_dropout if self.training else 0.0
-        if kv is None:
-            seen = self._direct(query_BHSd, image, p)
-        else:
-            seen = merge_heads(attend(query_BHSd, *kv, None, p))
+        seen = self._direct(query_BHSd, image, p) if kv is None else merge_heads(attend(query_BHSd, *kv, None, p))
         return self.norm(self.dropout(self.output(seen)) + x_BSM)
 
     def _direct(self, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:

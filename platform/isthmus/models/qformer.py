@@ -16,8 +16,8 @@ generate  image, ids, causal      queries blind to text; text sees    ITG, one p
 
 Rows are held without padding (see :mod:`isthmus.models.packing`).
 
-Shape letters: B batch, N image tokens, D image width, Q queries, T text tokens, R rows of all sequences without padding,
-M width, V vocabulary, K chosen rows.
+Shape letters: B batch, N image tokens, D image width, Q queries, T text tokens, R rows of all sequences without
+padding, M width, V vocabulary, K chosen rows.
 """
 
 from __future__ import annotations
@@ -207,17 +207,17 @@ class QFormer(nn.Module):
             leading: the caller reads only so many first rows (queries come first): the last layer makes no others.
         """
         c = self.config
-        mask_now_BT = None
+        now_BT = None  # the mask of the tokens that this pass is given
         if ids_BT is not None:
-            mask_now_BT = mask_BT[:, -ids_BT.shape[1] :] if mask_BT is not None else torch.ones_like(ids_BT)
+            now_BT = mask_BT[:, -ids_BT.shape[1] :] if mask_BT is not None else torch.ones_like(ids_BT)
         sequences = len(image) if image is not None else len(ids_BT) if ids_BT is not None else 0
-        packing = Packing.of(sequences, c.queries if image is not None else 0, mask_now_BT)
+        packing = Packing.of(sequences, c.queries if image is not None else 0, now_BT)
         parts = []
         if image is not None:
             parts.append(self.queries.expand(len(image), -1, -1).flatten(0, 1))
-        if ids_BT is not None:
+        if ids_BT is not None and now_BT is not None:
             before = past[0][0].shape[2] - c.queries if past is not None else 0
-            parts.append(self._embed_text(ids_BT, mask_now_BT, before))
+            parts.append(self._embed_text(ids_BT, now_BT, before))
         x_RM = self.dropout(self.embedding_norm(torch.cat(parts) if len(parts) > 1 else parts[0]))
         allowed = None
         if ids_BT is not None and mask_BT is not None:

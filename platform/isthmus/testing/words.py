@@ -24,9 +24,10 @@ def word_tokenizer(texts: Sequence[str]) -> BertTokenizer:
 
 def trained_lm(
     folder: str | Path,
-    texts: Sequence[str],
+    documents: Sequence[Sequence[str]],
     *,
     steps: int,
+    sentences: int = 4,
     batch: int = 64,
     layers: int = 2,
     width: int = 64,
@@ -34,11 +35,16 @@ def trained_lm(
     seed: int = 0,
     lr: float = 3e-3,
 ) -> tuple[LanguageConfig, float]:
-    """Trains a Llama of whole words on ``texts`` and writes it in Hugging Face layout.
+    """Trains a Llama of whole words and writes it in Hugging Face layout.
+
+    A row is several sentences of one document in random order, each between ``<s>`` and ``</s>``. What a document is
+    about can be read off its earlier sentences, so the model learns to let what it writes depend on what came before:
+    without that, no soft prompt could tell it anything.
 
     Args:
         folder: where it goes.
-        texts: sentences; each is one row, opened with ``<s>`` and ended with ``</s>``.
+        documents: sentences that belong together.
+        sentences: of a row.
         steps, batch, lr: of AdamW with a cosine.
         layers, width, heads: shape.
         seed: of weights and draws.
@@ -48,7 +54,7 @@ def trained_lm(
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = _causal_tokenizer(texts)
+    tokenizer = _causal_tokenizer([text for document in documents for text in document])
     tokenizer.save_pretrained(out)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
@@ -62,8 +68,13 @@ def trained_lm(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         loss = torch.zeros(())
         for _ in range(steps):
-            chosen = [texts[i] + tokenizer.eos_token for i in torch.randint(len(texts), (batch,)).tolist()]
-            rows = tokenizer(chosen, padding=True, return_tensors="pt")
+            chosen = [documents[i] for i in torch.randint(len(documents), (batch,)).tolist()]
+            orders = [torch.randperm(len(document))[:sentences].tolist() for document in chosen]
+            told = [
+                " ".join(f"<s> {document[i]} </s>" for i in order)
+                for document, order in zip(chosen, orders, strict=True)
+            ]
+            rows = tokenizer(told, padding=True, add_special_tokens=False, return_tensors="pt")
             labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
             loss = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], labels=labels).loss
             optimizer.zero_grad()
@@ -83,6 +94,5 @@ def _causal_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106 - a token of text
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"  # noqa: S106
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)

@@ -26,7 +26,9 @@ from isthmus.data.sources.scenes import COLOURS, PLACES, Scene, render
 
 def test_held_out_combinations_are_new_and_all_their_pairs_are_known() -> None:
     split = split_scenes(0.2, seed=0)
-    assert len(split.train) + len(split.heldout) == len(set(split.train) | set(split.heldout)) == len(every_scene()) == 960
+    assert (
+        len(split.train) + len(split.heldout) == len(set(split.train) | set(split.heldout)) == len(every_scene()) == 960
+    )
     assert len(split.heldout) == 192 and split_scenes(0.2, 0) == split != split_scenes(0.2, 1)
     for first in ATTRIBUTES:
         for second in ATTRIBUTES:
