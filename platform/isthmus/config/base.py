@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -12,6 +14,12 @@ class Config(BaseModel):
 
 
 class MethodConfig(Config):
-    """Base of every method's own options; ``name`` picks the method."""
+    """Base of every method's own options; ``name`` picks the method.
+
+    Attributes:
+        least_batch: pairs that a global batch needs for the method's losses to mean anything; a contrast needs two.
+    """
+
+    least_batch: ClassVar[int] = 1
 
     name: str

@@ -216,6 +216,15 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _enough_to_contrast(self) -> RunConfig:
+        if self.train.global_batch < self.method.least_batch:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is too small: {self.method.name} sets the pairs of a "
+                f"batch against one another, which takes at least {self.method.least_batch}"
+            )
+        return self
+
 
 class CaptionConfig(Config):
     """Bulk captioning of an image lake, exactly once."""

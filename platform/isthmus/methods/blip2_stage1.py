@@ -7,10 +7,11 @@ E shared width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
 from isthmus.models.text import load_bert, load_tokenizer
 from isthmus.models.vision import build_vision, describe_vision
 
+log = logging.getLogger(__name__)
+
 Smoothing = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -46,6 +49,8 @@ class LossWeights(Config):
 
 class Blip2Stage1Config(MethodConfig):
     """Options of BLIP-2's first stage."""
+
+    least_batch: ClassVar[int] = 2
 
     name: Literal["blip2_stage1"] = "blip2_stage1"
     vision: VisionConfig = VisionConfig()
@@ -129,6 +134,7 @@ class Blip2Stage1(SeeingModule):
         # Shape [1], not []: DeepSpeed cannot take a parameter without dimensions.
         self.temperature = nn.Parameter(torch.full((1,), config.temperature))
         self.mine = mine_negatives
+        self._warned = False
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -198,6 +204,7 @@ class Blip2Stage1(SeeingModule):
             seed=self.seed,
             step=batch.step,
         )
+        self._warn_without(negatives.counted_B, batch)
         if self.comm.world_size == 1:
             other = memory.rows(negatives.image_B)
         else:
@@ -212,6 +219,18 @@ class Blip2Stage1(SeeingModule):
             torch.cat([mask_BT, mask_BT, other_mask_BT]),
         )
         return matching(logits_3B2.view(3, -1, 2), negatives.counted_B, self.comm)
+
+    def _warn_without(self, counted_B: Tensor, batch: Batch) -> None:
+        """Says once that ITM is left out where no row has anything to be told apart from."""
+        if self._warned or bool(counted_B.any()) or not bool(batch.valid_B.any()):
+            return
+        self._warned = True
+        log.warning(
+            "step %d: ITM is left out of this batch and counts as 0. All its rows (sample ids %s) belong to one image, "
+            "so there is no negative to draw. Use a larger train.global_batch, or data with more images.",
+            batch.step,
+            sorted(set(batch.sample_ids_B[batch.valid_B].tolist()))[:5],
+        )
 
     def _common_length(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids and mask padded to the longest text of all ranks."""

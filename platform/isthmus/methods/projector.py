@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from isthmus.models.vision import build_vision, describe_vision
 
 class ProjectorConfig(MethodConfig):
     """Options of the projector method."""
+
+    least_batch: ClassVar[int] = 2
 
     name: Literal["projector"] = "projector"
     vision: VisionConfig = VisionConfig()

@@ -1,7 +1,7 @@
 """Multi-head attention as BERT has it: post-norm, biases everywhere, scores in scaled_dot_product_attention.
 
-Shape letters: B rows, S sequence rows that ask, K sequence rows that are asked, N image tokens, D image width,
-M model width, H heads, d head width (M / H).
+Shape letters: B sequences, S rows of a sequence that ask, K rows that are asked, R rows of all sequences without
+padding, N image tokens, D image width, M model width, H heads, d head width (M / H).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from isthmus.models.packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention block, each [B, H, K, d]."""
@@ -25,6 +27,28 @@ def split_heads(x_BSM: Tensor, heads: int) -> Tensor:
 def merge_heads(x_BHSd: Tensor) -> Tensor:
     """[B, H, S, d] -> [B, S, M]."""
     return x_BHSd.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """Attention of queries [B, H, S, d] to keys and values [B, H, K, d]: what they see, [B, H, S, d].
+
+    Args:
+        allowed: bool, broadcastable to [B, H, S, K], True where a row may look; None lets all look at all.
+        dropout: of the attention weights.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _written_out(query, key, value, allowed, dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    """The same sum as matrix products, the softmax in float32. torch's fused kernel takes CPUs two to four times as
+    long to differentiate in bf16."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
 
 
 class SelfAttention(nn.Module):
@@ -45,26 +69,34 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x_BSM: Tensor, allowed: Tensor | None, past: KeyValue | None = None, leading: int | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        """Output [B, S, M] and this block's keys and values, those of ``past`` first.
+        self,
+        x_RM: Tensor,
+        packing: Packing,
+        allowed: Tensor | None,
+        past: KeyValue | None = None,
+        leading: int | None = None,
+    ) -> tuple[Tensor, Packing, KeyValue]:
+        """Output rows [R, M], their packing, and this block's keys and values, those of ``past`` first.
 
         Args:
-            x_BSM: the rows.
+            x_RM: the rows.
+            packing: where they stand.
             allowed: bool, broadcastable to [B, H, S, K], True where a row may look; None lets all look at all.
+                Nothing may look at padding.
             past: keys and values of rows that came before.
-            leading: only so many first rows ask, and are put out; all are asked.
+            leading: only so many first places of each sequence ask, and are put out; all are asked.
         """
-        key, value = split_heads(self.key(x_BSM), self.heads), split_heads(self.value(x_BSM), self.heads)
+        key, value = (split_heads(packing.spread(part(x_RM)), self.heads) for part in (self.key, self.value))
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         if leading is not None:
-            x_BSM = x_BSM[:, :leading]
+            packing, x_RM = packing.leading(x_RM, leading)
             allowed = allowed[..., :leading, :] if allowed is not None else None
-        query = split_heads(self.query(x_BSM), self.heads)
+        query = split_heads(packing.spread(self.query(x_RM)), self.heads)
         p = self.attention_dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=p)
-        return self.norm(self.dropout(self.output(merge_heads(seen))) + x_BSM), (key, value)
+        seen = attend(query, key, value, allowed, p)
+        seen_RM = packing.collect(merge_heads(seen))
+        return self.norm(self.dropout(self.output(seen_RM)) + x_RM), packing, (key, value)
 
 
 @dataclass(frozen=True)
@@ -167,10 +199,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BSM: Tensor, image: ImageTokens, kv: KeyValue | None) -> Tensor:
         query_BHSd = split_heads(self.query(x_BSM), self.heads)
         p = self.attention_dropout if self.training else 0.0
-        if kv is None:
-            seen = self._direct(query_BHSd, image, p)
-        else:
-            seen = merge_heads(F.scaled_dot_product_attention(query_BHSd, *kv, dropout_p=p))
+        seen = self._direct(query_BHSd, image, p) if kv is None else merge_heads(attend(query_BHSd, *kv, None, p))
         return self.norm(self.dropout(self.output(seen)) + x_BSM)
 
     def _direct(self, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:

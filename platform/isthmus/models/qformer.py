@@ -14,7 +14,10 @@ generate  image, ids, causal      queries blind to text; text sees    ITG, one p
           or ids, past            queries and earlier text            ITG, cached queries
 ========  ======================  ==================================  ==================
 
-Shape letters: B batch, N image tokens, D image width, Q queries, T text tokens, M width, V vocabulary, K chosen rows.
+Rows are held without padding (see :mod:`isthmus.models.packing`).
+
+Shape letters: B batch, N image tokens, D image width, Q queries, T text tokens, R rows of all sequences without
+padding, M width, V vocabulary, K chosen rows.
 """
 
 from __future__ import annotations
@@ -29,16 +32,17 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.config import QFormerConfig
 from isthmus.errors import WeightsError
 from isthmus.models.attention import CrossAttention, ImageMemory, ImageTokens, KeyValue, SelfAttention
+from isthmus.models.packing import Packing
 
 EPS = 1e-12  # BERT's
 POSITIONS = 512  # BERT's
 INIT_STD = 0.02
-GROUP_ROWS, MAX_GROUPS = 24, 6  # texts per group of similar length; smaller ones leave the processor's units idle
 
 
 @dataclass(frozen=True)
 class QFormerOutput:
-    """Last hidden states of the rows that were given, and each layer's keys and values for a later cached pass."""
+    """Last hidden states of the rows that were given (of padding: zero), and each layer's keys and values for a later
+    cached pass."""
 
     queries_BQM: Tensor | None
     text_BTM: Tensor | None
@@ -71,25 +75,26 @@ class QFormerLayer(nn.Module):
 
     def forward(
         self,
-        x_BSM: Tensor,
-        queries: int,
+        x_RM: Tensor,
+        packing: Packing,
         allowed: Tensor | None,
         image: ImageTokens | None,
         kv: KeyValue | None,
         past: KeyValue | None,
         leading: int | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """``x_BSM`` holds ``queries`` query rows, then text rows; either may be none. ``leading`` rows are put out."""
-        x_BSM, keys_values = self.attention(x_BSM, allowed, past, leading)
-        parts = []
+    ) -> tuple[Tensor, Packing, KeyValue]:
+        """``x_RM`` holds all query rows, then all text rows; either may be none. The last of the arguments leaves only
+        so many first places of each sequence."""
+        x_RM, packing, keys_values = self.attention(x_RM, packing, allowed, past, leading)
+        queries, parts = packing.query_rows, []
         if queries:
-            query_BQM = x_BSM[:, :queries]
+            query_BQM = x_RM[:queries].view(packing.sequences, packing.queries, -1)
             if self.cross is not None and image is not None:
                 query_BQM = self.cross(query_BQM, image, kv)
-            parts.append(self.query_ffn(query_BQM))
-        if x_BSM.shape[1] > queries and self.text_ffn is not None:
-            parts.append(self.text_ffn(x_BSM[:, queries:]))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), keys_values
+            parts.append(self.query_ffn(query_BQM.flatten(0, 1)))
+        if len(x_RM) > queries and self.text_ffn is not None:
+            parts.append(self.text_ffn(x_RM[queries:]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), packing, keys_values
 
 
 class LanguageHead(nn.Module):
@@ -202,66 +207,47 @@ class QFormer(nn.Module):
             leading: the caller reads only so many first rows (queries come first): the last layer makes no others.
         """
         c = self.config
-        parts, before = [], 0
-        if image is not None:
-            parts.append(self.queries.expand(len(image), -1, -1))
+        now_BT = None  # the mask of the tokens that this pass is given
         if ids_BT is not None:
+            now_BT = mask_BT[:, -ids_BT.shape[1] :] if mask_BT is not None else torch.ones_like(ids_BT)
+        sequences = len(image) if image is not None else len(ids_BT) if ids_BT is not None else 0
+        packing = Packing.of(sequences, c.queries if image is not None else 0, now_BT)
+        parts = []
+        if image is not None:
+            parts.append(self.queries.expand(len(image), -1, -1).flatten(0, 1))
+        if ids_BT is not None and now_BT is not None:
             before = past[0][0].shape[2] - c.queries if past is not None else 0
-            parts.append(self._embed_text(ids_BT, before))
-        x_BSM = self.dropout(self.embedding_norm(torch.cat(parts, 1) if len(parts) > 1 else parts[0]))
-        queries = c.queries if image is not None else 0
+            parts.append(self._embed_text(ids_BT, now_BT, before))
+        x_RM = self.dropout(self.embedding_norm(torch.cat(parts) if len(parts) > 1 else parts[0]))
         allowed = None
         if ids_BT is not None and mask_BT is not None:
-            allowed = _allowed(mask_BT, ids_BT.shape[1], queries, c.queries if past is not None else 0, causal)
-        x_BSM, kept = self._run(x_BSM, queries, allowed, image, past, leading)
+            allowed = _allowed(mask_BT, ids_BT.shape[1], packing.queries, c.queries if past is not None else 0, causal)
+        x_RM, packing, kept = self._run(x_RM, packing, allowed, image, past, leading)
+        queries = packing.query_rows
         return QFormerOutput(
-            x_BSM[:, :queries] if image is not None else None,
-            x_BSM[:, queries:] if x_BSM.shape[1] > queries else None,
+            x_RM[:queries].view(sequences, packing.queries, -1) if image is not None else None,
+            packing.spread(x_RM)[:, packing.queries :] if len(x_RM) > queries else None,
             kept,
         )
 
     def pooled_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """One vector for each text from the text pass, [B, M]: its first token's last hidden state, or, with
-        ``text_pool: mean``, the mean over its tokens.
-
-        On a processor, where padding costs its full share, texts run in groups of similar length; on an accelerator
-        one call is faster.
-        """
-        groups = min(MAX_GROUPS, len(ids_BT) // GROUP_ROWS) if ids_BT.device.type == "cpu" else 1
-        if groups < 2:
-            return self._pool(self(None, ids_BT, mask_BT, leading=self._leading).text_BTM, mask_BT)
-        length_B = mask_BT.sum(1)
-        order = length_B.argsort()
-        x_BTM = self.dropout(self.embedding_norm(self._embed_text(ids_BT, 0)))
-        outputs = []
-        for rows in order.chunk(groups):
-            longest = max(1, int(length_B[rows[-1]]))
-            allowed = _allowed(mask_BT[rows, :longest], longest, 0, 0, False)
-            hidden = self._run(x_BTM[rows, :longest], 0, allowed, None, None, self._leading)[0]
-            outputs.append(self._pool(hidden, mask_BT[rows, :longest]))
-        return torch.cat(outputs)[order.argsort()]
-
-    @property
-    def _leading(self) -> int | None:
-        """Rows that the last layer has to make for ``pooled_text``."""
-        return 1 if self.config.text_pool == "first" else None
-
-    def _pool(self, hidden_BTM: Tensor, mask_BT: Tensor) -> Tensor:
+        ``text_pool: mean``, the mean over its tokens."""
         if self.config.text_pool == "first":
-            return hidden_BTM[:, 0]
-        weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTM.dtype)
-        return (hidden_BTM * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
+            return self(None, ids_BT, mask_BT, leading=1).text_BTM[:, 0]
+        hidden_BTM = self(None, ids_BT, mask_BT).text_BTM
+        return hidden_BTM.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)  # hidden states of padding are zero
 
     def _run(
         self,
-        x_BSM: Tensor,
-        queries: int,
+        x_RM: Tensor,
+        packing: Packing,
         allowed: Tensor | None,
         image: ImageMemory | None,
         past: tuple[KeyValue, ...] | None,
         leading: int | None,
-    ) -> tuple[Tensor, tuple[KeyValue, ...]]:
-        """All layers over embedded rows; each layer's keys and values beside the result."""
+    ) -> tuple[Tensor, Packing, tuple[KeyValue, ...]]:
+        """All layers over embedded rows; the rows' packing and each layer's keys and values beside the result."""
         kept: list[KeyValue] = []
         crossed = 0
         for i, layer in enumerate(self.layers):
@@ -270,18 +256,19 @@ class QFormer(nn.Module):
                 kv, crossed = image.kv[crossed], crossed + 1
             earlier = past[i] if past is not None else None
             lead = leading if i + 1 == len(self.layers) else None
-            arguments = (x_BSM, queries, allowed, image.image if image is not None else None, kv, earlier, lead)
+            arguments = (x_RM, packing, allowed, image.image if image is not None else None, kv, earlier, lead)
             if self.recompute and self.training:
-                x_BSM, keys_values = checkpoint(layer, *arguments, use_reentrant=False)
+                x_RM, packing, keys_values = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x_BSM, keys_values = layer(*arguments)
+                x_RM, packing, keys_values = layer(*arguments)
             kept.append(keys_values)
-        return x_BSM, tuple(kept)
+        return x_RM, packing, tuple(kept)
 
-    def _embed_text(self, ids_BT: Tensor, before: int) -> Tensor:
+    def _embed_text(self, ids_BT: Tensor, mask_BT: Tensor, before: int) -> Tensor:
+        """Embeddings [K, M] of the tokens that are no padding, the first of them in place ``before``."""
         assert self.words is not None and self.positions is not None, "this Q-Former was built without a text branch"
-        places_T = torch.arange(before, before + ids_BT.shape[1], device=ids_BT.device)
-        return self.words(ids_BT) + self.positions(places_T)
+        row_K, place_K = mask_BT.nonzero(as_tuple=True)
+        return self.words(ids_BT[row_K, place_K]) + self.positions(place_K + before)
 
     def logits(self, text_KM: Tensor) -> Tensor:
         """Next-token logits [K, V+1] of chosen text rows."""

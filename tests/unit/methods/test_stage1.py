@@ -66,6 +66,48 @@ def test_one_pair_alone_trains_without_matching(folder: Path) -> None:
     assert float(terms.parts["itm"]) == 0.0 and torch.isfinite(terms.total)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_batch_of_one_image_says_that_matching_is_left_out(folder: Path, caplog, images: int) -> None:
+    """Retrieval fine-tuning with captions of one image only: nothing is a negative."""
+    stage = build(recipe("blip2_stage1", folder, itc_same_image=True))
+    rows = [replace(row, id=i % images) for i, row in enumerate(samples(stage, 4))]
+    for step in (4, 5):
+        terms = stage.module(batch(stage, rows, step))
+    said = [record.getMessage() for record in caplog.records if "ITM is left out" in record.getMessage()]
+    assert float(terms.parts["itm"]) > 0.0 if images == 2 else float(terms.parts["itm"]) == 0.0
+    assert len(said) == (images == 1)  # once, not at every step
+    assert all("step 4" in text and "sample ids [0]" in text and "train.global_batch" in text for text in said)
+
+
+@pytest.mark.parametrize("method", ["blip2_stage1", "projector", "blip2_stage2"])
+def test_a_global_batch_of_one_is_refused_where_pairs_are_contrasted(method: str) -> None:
+    values = {"name": "x", "method": {"name": method}, "data": {"train": "d"}, "cluster": {"workers": 1}}
+    values["train"] = {"steps": 1, "global_batch": 1}
+    if method == "blip2_stage2":  # its loss needs no other pair
+        assert load_run(None, values=values, methods=method_configs()).train.global_batch == 1
+        return
+    with pytest.raises(ConfigError, match=rf"global_batch 1 is too small: {method} .* at least 2"):
+        load_run(None, values=values, methods=method_configs())
+    values["train"]["global_batch"] = 2
+    assert load_run(None, values=values, methods=method_configs()).train.global_batch == 2
+
+
+@pytest.mark.parametrize("key", ["gradient_accumulation", "gradient_accumulation_steps", "accumulate"])
+def test_gradient_accumulation_is_refused_as_an_unknown_field(key: str) -> None:
+    """Two half batches are not one batch: each row would be contrasted with half as many others."""
+    values = {"name": "x", "method": {"name": "blip2_stage1"}, "data": {"train": "d"}, "train": {"steps": 1, key: 2}}
+    with pytest.raises(ConfigError, match=key):
+        load_run(None, values=values, methods=method_configs())
+
+
+def test_two_half_batches_are_not_one_batch(folder: Path) -> None:
+    stage = build(recipe("blip2_stage1", folder))
+    rows = samples(stage, 8)
+    whole = stage.module(batch(stage, rows)).parts["itc"]
+    halves = [stage.module(batch(stage, part)).parts["itc"] for part in (rows[:4], rows[4:])]
+    assert float(whole) - float(sum(halves) / 2) > 0.3  # near ln 8 against near ln 4
+
+
 def test_each_epoch_draws_its_caption_by_number_alone() -> None:
     sample = Sample(12345, "k", tuple(f"caption {i}" for i in range(5)))
     drawn = [choose_caption(sample, 0, epoch) for epoch in range(100)]

@@ -7,8 +7,10 @@ import torch
 
 from isthmus.config import QFormerConfig
 from isthmus.errors import WeightsError
-from isthmus.models.attention import ImageMemory, ImageTokens
+from isthmus.models import attention
+from isthmus.models.attention import ImageMemory, ImageTokens, _written_out
 from isthmus.models.lavis import import_lavis, lavis_names
+from isthmus.models.packing import Packing
 from isthmus.models.qformer import QFormer, bert_names, load_bert_layers
 
 B, N, D, Q, T, V = 3, 5, 12, 4, 6, 40
@@ -183,16 +185,105 @@ def test_leading_rows_are_the_first_of_all_rows(qformer, inputs) -> None:
     )
 
 
-@pytest.mark.parametrize("pool", ["first", "mean"])
-def test_grouping_texts_by_length_changes_nothing(qformer, pool) -> None:
-    qformer.config = qformer.config.model_copy(update={"text_pool": pool})
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(1, V, (100, 12), generator=generator)
-    mask = (torch.arange(12) < torch.randint(1, 13, (100, 1), generator=generator)).long()
-    hidden = qformer(None, ids, mask).text_BTM
-    mean = torch.stack([row[: int(m.sum())].mean(0) for row, m in zip(hidden, mask, strict=True)])
-    whole = hidden[:, 0] if pool == "first" else mean
-    torch.testing.assert_close(qformer.pooled_text(ids, mask), whole, rtol=0, atol=1e-5)
+def test_attention_written_out_is_the_fused_one_with_gradients() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, n, 8, generator=generator, dtype=torch.double) for n in (5, 7, 7))
+    allowed = torch.rand(3, 1, 5, 7, generator=generator) > 0.3
+    allowed[..., 0] = True
+    found = []
+    for form in (_written_out, torch.nn.functional.scaled_dot_product_attention):
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        seen = form(*given, allowed, 0.0)
+        (seen * torch.linspace(-1, 1, seen.numel(), dtype=seen.dtype).view_as(seen)).sum().backward()
+        found.append([seen, *(x.grad for x in given)])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    dropped = _written_out(q, k, torch.ones_like(v), None, 0.5)
+    assert dropped.std() > 0.05 and abs(float(dropped.mean()) - 1) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["image", "joint", "cached"])
+def test_bf16_takes_the_written_form_and_stays_close(kind, qformer, inputs, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(attention, "_written_out", lambda *a: calls.append(a[0].dtype) or _written_out(*a))
+    exact = run(qformer, kind, *inputs)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(qformer, kind, *inputs)
+    assert calls and set(calls) == {torch.bfloat16}
+    for name in exact:
+        torch.testing.assert_close(half[name].float(), exact[name], rtol=0, atol=0.06)
+
+
+def padding_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain path: every place of the padded grid goes through every layer."""
+    of, embed = Packing.of, QFormer._embed_text
+    ones = torch.ones_like
+
+    def everything(sequences: int, queries: int, mask: torch.Tensor | None) -> Packing:
+        return of(sequences, queries, None if mask is None else ones(mask))
+
+    monkeypatch.setattr(Packing, "of", staticmethod(everything))
+    monkeypatch.setattr(QFormer, "_embed_text", lambda self, ids, mask, before: embed(self, ids, ones(mask), before))
+
+
+@pytest.mark.parametrize("kind", ["text", "joint", "generate", "cached", "pooled first", "pooled mean"])
+def test_leaving_padding_out_changes_nothing_that_is_read_nor_any_gradient(kind, inputs, monkeypatch) -> None:
+    image, ids, mask = inputs
+    mask = mask.clone()
+    mask[2, 1:] = 0  # a text of one token
+    found = []
+    for plain in (False, True):
+        if plain:
+            padding_computed(monkeypatch)
+        qformer = random_qformer().double()
+        if kind.startswith("pooled"):
+            qformer.config = qformer.config.model_copy(update={"text_pool": kind.removeprefix("pooled ")})
+            hidden = qformer(None, ids, mask).text_BTM
+            read = {"pooled": qformer.pooled_text(ids, mask)}
+            own = hidden[:, 0] if kind == "pooled first" else torch.stack(
+                [row[: int(m.sum())].mean(0) for row, m in zip(hidden, mask, strict=True)]
+            )  # fmt: skip
+            if not plain:
+                torch.testing.assert_close(read["pooled"], own, rtol=0, atol=1e-12)
+            read["pooled"] = own if plain else read["pooled"]
+        else:
+            read = run(qformer, kind, image.double(), ids, mask)
+            read["text"] = read["text"][mask.bool()]
+        weights = {name: torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for name, x in read.items()}
+        sum((read[name] * weights[name]).sum() for name in read).backward()
+        gradients = {n: p.grad for n, p in qformer.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        found.append((dict(read), gradients))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+    assert "layers.0.text_ffn.up.weight" in found[0][1]
+
+
+def test_padding_goes_through_no_linear_layer(qformer, inputs) -> None:
+    image, ids, mask = inputs
+    rows: dict[str, int] = {}
+    for name in ("attention.key", "attention.output", "text_ffn.up", "query_ffn.up"):
+        qformer.layers[0].get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: rows.update({name: args[0].shape[:-1].numel()})
+        )
+    run(qformer, "joint", image, ids, mask)
+    tokens = int(mask.sum())
+    assert tokens < B * T
+    both = B * Q + tokens
+    assert rows == {"attention.key": both, "attention.output": both, "text_ffn.up": tokens, "query_ffn.up": B * Q}
+
+
+def test_packed_rows_stand_where_they_stood() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    packing = Packing.of(3, 2, mask)
+    grid = torch.arange(1.0, 16.0).view(3, 5, 1).expand(-1, -1, 4) * torch.cat([torch.ones(3, 2), mask], 1).unsqueeze(2)
+    rows = packing.collect(grid)
+    assert rows[:, 0].tolist() == [1, 2, 6, 7, 11, 12, 3, 4, 8, 13, 14, 15]  # queries first, then texts
+    assert torch.equal(packing.spread(rows), grid)
+    first, kept = packing.leading(rows, 3)
+    assert kept[:, 0].tolist() == [1, 2, 6, 7, 11, 12, 3, 8, 13] and first.query_rows == 6
+    assert torch.equal(first.spread(kept), grid[:, :3])
+    whole = Packing.of(3, 0, torch.ones_like(mask))
+    assert whole.places_R is None
+    assert torch.equal(whole.leading(whole.collect(grid[:, :3]), 1)[1], grid[:, 0])
 
 
 def test_longer_padding_changes_nothing(qformer, inputs) -> None:
