@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import _passive  # noqa: F401 - before torch
 import torch
 import torch.nn.functional as F
 from _steps import report
@@ -240,11 +241,21 @@ def _stage2(language: Any, start: Blip2Stage1 | None, seed: int) -> Blip2Stage2:
 
 
 def _chosen(pictures: Pictures, step: int, seed: int) -> tuple[list[int], list[Scene], Tensor, random.Random]:
-    """Scenes that all differ, so that no pair is a false negative; one drawing of each, and a generator for texts."""
+    """Scenes that all differ, so that no pair is a false negative; one drawing of each, and a generator for texts.
+
+    Half of them differ from another one in a single attribute: among scenes drawn at random colour, shape and place
+    nearly always tell any two apart, and nothing asks for the count.
+    """
     generator = random.Random(seed * 1_000_003 + step)
-    scenes = generator.sample(range(len(pictures.scenes)), min(BATCH, len(pictures.scenes)))
-    rows = [generator.choice(pictures.of_scene[i]) for i in scenes]
-    return rows, [pictures.texts[i] for i in scenes], pictures.features[rows], generator
+    number = {scene: i for i, scene in enumerate(pictures.scenes)}
+    scenes: dict[int, None] = {}  # an ordered set
+    while len(scenes) < BATCH:
+        one = generator.choice(pictures.scenes)
+        other = neighbours(one, generator)[generator.choice(ATTRIBUTES)]
+        scenes |= {number[scene]: None for scene in (one, other) if scene in number}
+    chosen = list(scenes)[:BATCH]
+    rows = [generator.choice(pictures.of_scene[i]) for i in chosen]
+    return rows, [pictures.texts[i] for i in chosen], pictures.features[rows], generator
 
 
 def _pairs(module: Blip2Stage1, pictures: Pictures, step: int, seed: int) -> Batch:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from unittest import mock
 
+import _passive  # noqa: F401 - before torch
 import torch
 import torch.nn.functional as F
 from _plain_stage1 import PlainStage1

@@ -17,6 +17,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import _passive  # noqa: F401 - before torch
 import torch
 from _steps import (
     PeakMemory,
