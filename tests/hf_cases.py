@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config import QFormerConfig, VisionConfig
+from isthmus.config import LanguageConfig, QFormerConfig, VisionConfig
 from isthmus.methods import METHODS
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import owned_state
 from isthmus.models.text import load_tokenizer
 from isthmus.models.vision import VisionEncoder, build_vision
-from isthmus.testing.backbones import tiny_bert, tiny_lm
+from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_t5
 from method_cases import build, run_config
 
 ensure_torchvision()
@@ -83,9 +83,14 @@ def write_stage1(folder: Path, *, eps: float = 1e-6, seed: int = 0) -> Any:
     return model
 
 
+def language_model(folder: Path, family: str) -> LanguageConfig:
+    """A tiny decoder-only model, or an encoder-decoder like FLAN-T5."""
+    return tiny_t5(folder) if family == "t5" else tiny_lm(folder, family)  # type: ignore[arg-type]
+
+
 def write_stage2(folder: Path, family: str = "opt", *, eps: float = 1e-6, seed: int = 0, spare: int = 8) -> Any:
     """A Blip2ForConditionalGeneration around a language model of ``family``, saved to ``folder``."""
-    language = tiny_lm(folder.parent / f"{folder.name}-lm", family)  # type: ignore[arg-type]
+    language = language_model(folder.parent / f"{folder.name}-lm", family)
     tokenizer = load_tokenizer(language.weights)
     text = AutoConfig.from_pretrained(language.weights)
     text.vocab_size = len(tokenizer) + spare
@@ -96,6 +101,9 @@ def write_stage2(folder: Path, family: str = "opt", *, eps: float = 1e-6, seed: 
         text_config=text, num_query_tokens=QUERIES, image_token_index=len(tokenizer),
     )  # fmt: skip
     model = Blip2ForConditionalGeneration(config).eval()
+    if family == "t5":  # transformers ties FLAN-T5's output layer where a model is made of its configuration
+        head = model.language_model.lm_head
+        head.weight = nn.Parameter(head.weight.detach().clone())
     overwrite(model, seed)
     model.save_pretrained(folder)
     Blip2Processor(image_processor(), tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
@@ -129,7 +137,7 @@ def own(out: Path, method: str, vision: VisionConfig | None = None, family: str 
     if method == "blip2_stage1":
         parts["text"] = tiny_bert(out.parent / f"{out.name}-bert")
     else:
-        parts["language"] = tiny_lm(out.parent / f"{out.name}-lm", family)  # type: ignore[arg-type]
+        parts["language"] = language_model(out.parent / f"{out.name}-lm", family)
     for key, value in changes.items():
         parts[key] = parts[key].model_copy(update=value) if isinstance(value, dict) and key in parts else value
     config = METHODS[method].config(**parts)

@@ -108,7 +108,7 @@ def finish(
         name=name,
         method=method,
         data=DataConfig(train="imported://no-data"),
-        train=TrainConfig(steps=1, global_batch=1),
+        train=TrainConfig(steps=1, global_batch=2),
         cluster={"workers": 1},  # type: ignore[arg-type]
     )
     stage = METHODS[method.name].build(localised(recipe, folder).method, BuildContext())
