@@ -28,7 +28,8 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "ISTHMUS_PROGRESS")}
+        # As a user's shell has it, without conftest's settings.
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "ISTHMUS_PROGRESS"}
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
