@@ -19,7 +19,7 @@ def test_actors_and_one_process_encode_alike(ray_cluster: Any, tmp_path: Path, m
     make_dataset(tmp_path / "data", 70)
     write_tar(tmp_path / "data" / "zz.tar", {"bad.png": b"broken", "bad.txt": b"words"})
     index(str(tmp_path / "data"))
-    vision = VisionConfig(name="tf_efficientnet_lite0", weights="random", image_size=64)
+    vision = VisionConfig(name="tf_efficientnet_lite0", weights="random", image_size=64, layer=-1)
     monkeypatch.setattr(encode, "_PART_ROWS", 32)
     report = build_cache(str(tmp_path / "data"), str(tmp_path / "actors"), vision, actors=2, batch=16)
     assert (report.samples, report.failed, report.parts, report.tokens, report.width) == (70, 1, 3, 4, 1280)
