@@ -111,7 +111,7 @@ def prove(seed: int = 0, scale: float = 1.0, say: Callable[[str], None] = lambda
     return figures
 
 
-STEPS = {"encoder": 450, "stage1": 700, "shuffled": 250, "language": 400, "stage2": 300}
+STEPS = {"encoder": 220, "stage1": 700, "shuffled": 250, "language": 700, "stage2": 400}
 SHUFFLED = ("tr_at_1", "ir_at_1", "itm_auc")
 
 
@@ -129,22 +129,33 @@ class Pictures:
 
 
 class Encoder(nn.Module):
-    """Four convolutions; a grid of tokens, each beside a code of its place."""
+    """Five convolutions; a grid of tokens, each of which sees half of the picture, beside a code of its place.
+
+    It learns to name what is there from the strongest tokens, wherever they are, and the place from all of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [3, 32, WIDTH, WIDTH, WIDTH]
+        widths, strides = [3, 32, WIDTH, WIDTH, WIDTH, WIDTH], [1, 2, 2, 2, 1]
         self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1) for i, (a, b) in enumerate(pairwise(widths))
+            nn.Conv2d(a, b, 3, stride=stride, padding=1)
+            for (a, b), stride in zip(pairwise(widths), strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
-        self.heads = nn.ModuleDict({a: nn.Linear(WIDTH * GRID * GRID, len(values(a))) for a in ATTRIBUTES})
+        self.heads = nn.ModuleDict(
+            {a: nn.Linear(WIDTH * (GRID * GRID if a == "place" else 1), len(values(a))) for a in ATTRIBUTES}
+        )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map [B, WIDTH, GRID, GRID]."""
         for layer, norm in zip(self.layers, self.norms, strict=True):
             pixels_BCHW = F.relu(norm(layer(pixels_BCHW)))
         return pixels_BCHW
+
+    def names(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        """Logits of each attribute's values."""
+        seen = self(pixels_BCHW)
+        return {a: head(seen.flatten(1) if a == "place" else seen.amax((2, 3))) for a, head in self.heads.items()}
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, GRID x GRID, WIDTH + 2 GRID]: the map's places, each with its row and column."""
@@ -166,9 +177,9 @@ def _see(split: Split, steps: int, seed: int) -> tuple[Pictures, Pictures, float
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)
     for _ in range(steps):
         rows = torch.randint(len(pixels["train"]), (BATCH,))
-        seen = F.dropout(encoder(pixels["train"][rows]).flatten(1), 0.3)
+        seen = encoder.names(pixels["train"][rows])
         wanted = {a: t.repeat_interleave(DRAWINGS)[rows] for a, t in targets["train"].items()}
-        loss = sum((F.cross_entropy(encoder.heads[a](seen), wanted[a]) for a in ATTRIBUTES), torch.zeros(()))
+        loss = sum((F.cross_entropy(seen[a], wanted[a]) for a in ATTRIBUTES), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -178,8 +189,8 @@ def _see(split: Split, steps: int, seed: int) -> tuple[Pictures, Pictures, float
         tokens = {
             name: torch.cat([encoder.tokens(part) for part in found.split(256)]) for name, found in pixels.items()
         }
-        seen = encoder(pixels["heldout"]).flatten(1)
-        right = [(encoder.heads[a](seen).argmax(1) == targets["heldout"][a]).float().mean() for a in ATTRIBUTES]
+        seen = encoder.names(pixels["heldout"])
+        right = [(seen[a].argmax(1) == targets["heldout"][a]).float().mean() for a in ATTRIBUTES]
     found = []
     for name, told in scenes.items():
         of_scene = tuple(tuple(range(i * copies[name], (i + 1) * copies[name])) for i in range(len(told)))
