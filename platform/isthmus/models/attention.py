@@ -1,7 +1,7 @@
 """Multi-head attention as BERT has it: post-norm, biases everywhere, scores in scaled_dot_product_attention.
 
 Shape letters: B sequences, S rows of a sequence that ask, K rows that are asked, R rows of all sequences without
-padding, N image tokens, D image width, M model width, H heads, d head width (M / H).
+padding, N image tokens, D image width, X queries x heads, M model width, H heads, d head width (M / H).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.models.headwise import gather_heads, spread_heads
 from isthmus.models.packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]
@@ -206,16 +207,16 @@ class CrossAttention(nn.Module):
         B, H, S, d = query_BHSd.shape
         tokens_BND = image.tokens_BND
         (key_MD, key_M), (value_MD, value_M) = self.key(image), self.value(image)
-        rows = query_BHSd.transpose(0, 1).reshape(H, B * S, d) * d**-0.5
-        asked = torch.bmm(rows, key_MD.view(H, d, -1)).view(H, B, S, -1).transpose(0, 1).reshape(B, H * S, -1)
+        rows_HRd = query_BHSd.transpose(0, 1).reshape(H, B * S, d) * d**-0.5
+        asked_BXD = spread_heads(rows_HRd, key_MD.view(H, d, -1).to(rows_HRd.dtype)).view(B, S * H, -1)
         # The key bias adds one number to all scores of a row, which softmax cannot see: its gradient is zero in the
         # projected form too (up to rounding). It enters here so that its gradient is zero rather than absent.
-        shift = torch.bmm(rows, key_M.view(H, d, 1)).view(H, B, S).transpose(0, 1).reshape(B, H * S, 1)
-        scores = torch.bmm(asked, tokens_BND.transpose(1, 2)) + shift
-        exact = torch.promote_types(scores.dtype, torch.float32)
-        weights = F.dropout(scores.softmax(-1, dtype=exact).to(tokens_BND.dtype), p)
-        mixed = torch.bmm(weights, tokens_BND).view(B, H, S, -1).transpose(0, 1).reshape(H, B * S, -1)
-        seen_HRd = torch.bmm(mixed, value_MD.view(H, d, -1).transpose(1, 2))
-        share_HR1 = weights.sum(-1).view(B, H, S).transpose(0, 1).reshape(H, B * S, 1)  # 1 but for dropout
+        shift_BX1 = torch.bmm(rows_HRd, key_M.view(H, d, 1)).view(H, B, S).permute(1, 2, 0).reshape(B, S * H, 1)
+        scores_BXN = torch.bmm(asked_BXD, tokens_BND.transpose(1, 2)) + shift_BX1
+        exact = torch.promote_types(scores_BXN.dtype, torch.float32)
+        weights_BXN = F.dropout(scores_BXN.softmax(-1, dtype=exact).to(tokens_BND.dtype), p)
+        mixed_RHD = torch.bmm(weights_BXN, tokens_BND).view(B * S, H, -1)
+        seen_HRd = gather_heads(mixed_RHD, value_MD.view(H, d, -1).to(mixed_RHD.dtype))
+        share_HR1 = weights_BXN.sum(-1).view(B * S, H).t().unsqueeze(-1)  # 1 but for dropout
         seen_HRd = seen_HRd + share_HR1 * value_M.view(H, 1, d)
         return seen_HRd.view(H, B, S, d).permute(1, 2, 0, 3).reshape(B, S, H * d)

@@ -87,7 +87,8 @@ class LanguageModel(FrozenLanguage):
         for rows in length_groups(length_B):
             longest = int(length_B[rows].max()) if len(rows) < len(length_B) else ids_BT.shape[1]
             ids, mask, labels = (x[rows, :longest] for x in (ids_BT, mask_BT, labels_BT))
-            hidden = self._hidden(prefix_BQL[rows], ids, mask)[:, queries - 1 : queries - 1 + longest]
+            # Nothing is predicted from the last position, and in a causal model nothing before it sees it.
+            hidden = self._hidden(prefix_BQL[rows], ids[:, :-1], mask[:, :-1])[:, queries - 1 :]
             parts.append(self._label_loss(hidden, labels))
         return total_loss(parts)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.losses.language import CHUNK_ELEMENTS, frozen_head_loss
 
@@ -72,3 +73,10 @@ def test_in_bfloat16_sums_are_float32() -> None:
     total.backward()
     assert total.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
     torch.testing.assert_close(total, plain(hidden, targets, head), rtol=1e-5, atol=1e-4)
+
+
+def test_operations_can_be_counted() -> None:
+    hidden, targets, head = parts()
+    with FlopCounterMode(display=False) as counter:
+        frozen_head_loss(hidden.requires_grad_(), targets, head, V, rows=5).backward()
+    assert counter.get_total_flops() == 2 * 2 * K * M * V  # logits, and the slope of the hidden states
