@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -166,6 +167,40 @@ def test_weights_from_a_file_are_loaded_with_positions_interpolated(tmp_path):
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"1 tensors missing.*blocks\.3\.attn\.qkv\.weight"):
         build_vision(tiny_vision_config(64, weights=path))
+
+
+@pytest.mark.parametrize(
+    ("name", "corners"), [("vit_tiny_patch16_224", False), ("vit_base_patch32_clip_224", True)], ids=["vit", "clip"]
+)
+def test_positions_are_interpolated_as_blip2_does(name, corners, tmp_path):
+    native = timm.create_model(name, num_classes=0)
+    grid, width = native.patch_embed.grid_size[0], native.embed_dim
+    with torch.no_grad():
+        native.pos_embed.copy_(torch.randn(1, 1 + grid**2, width, generator=torch.Generator().manual_seed(0)))
+    save_file(native.state_dict(), tmp_path / "w.safetensors")
+    larger = native.patch_embed.patch_size[0] * (grid + 3)
+    config = VisionConfig(name=name, weights=str(tmp_path / "w.safetensors"), image_size=larger)
+    found = build_vision(config).model.pos_embed
+    prefix, table = native.pos_embed.detach().split([1, grid**2], 1)
+    table = table.reshape(1, grid, grid, width).permute(0, 3, 1, 2)
+    wanted = F.interpolate(table, size=(grid + 3, grid + 3), mode="bicubic", align_corners=corners)
+    torch.testing.assert_close(found, torch.cat([prefix, wanted.flatten(2).transpose(1, 2)], 1))
+    smoothed = F.interpolate(table, size=(grid + 3, grid + 3), mode="bicubic", antialias=True)
+    assert (smoothed - wanted).std() > 0.05 * wanted.std()
+
+
+def test_published_weights_at_another_size_take_the_same_way(monkeypatch, tmp_path):
+    native = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    make = vision._make
+    monkeypatch.setattr(vision, "_make", lambda c, pretrained=False, **k: native if pretrained else make(c, **k))
+    save_file(native.state_dict(), tmp_path / "w.safetensors")
+    hub, file = (
+        build_vision(tiny_vision_config(96, weights=w)).model.state_dict()
+        for w in ("timm", str(tmp_path / "w.safetensors"))
+    )
+    assert all(torch.equal(hub[name], file[name]) for name in file)
+    same = build_vision(tiny_vision_config(96, weights="timm").model_copy(update={"image_size": None}))
+    assert torch.equal(same.model.pos_embed, native.pos_embed)
 
 
 def test_lite_names_map_one_to_one(monkeypatch):
