@@ -97,6 +97,11 @@ class QFormerConfig(Config):
         None, description="rows of the text branch's position table; those of the initial weights, or 512"
     )
     init: str | None = Field("text", description="'text': first layers of the text weights; null: random")
+    init_segment: Literal["drop", "fold"] = Field(
+        "drop",
+        description="BERT adds its first segment row to every token; the Q-Former has no segments. drop: it is left "
+        "out, as in LAVIS; fold: it moves into the positions, and the text branch starts as exactly the given model",
+    )
 
 
 class DataConfig(Config):
@@ -143,6 +148,9 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0 clips nothing")
     precision: Precision = Field("auto", description="auto: bf16 where the hardware has it, else fp32")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the Q-Former's activations in the backward pass: less memory, more time"
+    )
     seed: int = 0
     log_every: Positive = Field(10, description="steps between logged rows")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")

@@ -173,9 +173,9 @@ def check_bases(recorded: Sequence[Base], loaded: Sequence[Base]) -> None:
 
 
 def verdict(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Per parameter: shape, and whether it is trained."""
+    """Per parameter: shape, and whether it is trained. ZeRO 3 empties parameters and keeps their shape beside them."""
     return {
-        name: {"shape": list(parameter.shape), "trained": parameter.requires_grad}
+        name: {"shape": list(getattr(parameter, "ds_shape", parameter.shape)), "trained": parameter.requires_grad}
         for name, parameter in module.named_parameters()
     }
 

@@ -23,6 +23,7 @@ from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, seeded
+from isthmus.models.partition import is_partitioned
 from isthmus.models.projector import ImageProjector, TextProjector
 from isthmus.models.text import SentenceEncoder, build_sentence_encoder
 from isthmus.models.vision import build_vision, describe_vision
@@ -56,8 +57,8 @@ class ProjectorConfig(MethodConfig):
 class TextMemory:
     """Frozen text features by caption: the encoder runs once for each distinct one, until the oldest is pushed out."""
 
-    def __init__(self, encoder: SentenceEncoder, capacity: int, per_token: bool) -> None:
-        self.encoder, self.capacity, self.per_token = encoder, capacity, per_token
+    def __init__(self, encoder: SentenceEncoder, capacity: int, per_token: bool, comm: Comm) -> None:
+        self.encoder, self.capacity, self.per_token, self.comm = encoder, capacity, per_token, comm
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -67,8 +68,12 @@ class TextMemory:
         """Pooled features [B, D] and None, or token features [B, T, D] (zeros behind the end) and their mask [B, T]."""
         found = {text: self._kept[text] for text in texts if text in self._kept}
         new = [text for text in dict.fromkeys(texts) if text not in found]
+        # Where the encoder lies in parts on all ranks, it runs on all of them or on none.
+        together = is_partitioned(self.encoder) and self.comm.max(len(new)) > 0
         if new:
             found |= zip(new, self._encode(new), strict=True)
+        elif together:
+            self._encode(texts[:1])
         for text in found:
             self._kept[text] = found[text]
             self._kept.move_to_end(text)
@@ -120,7 +125,7 @@ class Projector(SeeingModule):
         self.text_projector = TextProjector(text.width, config.embed, config.dropout, per_token=per_token)
         # Shape [1], not []: DeepSpeed cannot take a parameter without dimensions.
         self.temperature = nn.Parameter(torch.full((1,), config.temperature))
-        self.memory = TextMemory(text, config.remembered_texts, per_token)
+        self.memory = TextMemory(text, config.remembered_texts, per_token, comm)
 
     def forward(self, batch: Batch) -> LossTerms:
         temperature = self._held_temperature()

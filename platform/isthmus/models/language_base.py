@@ -19,6 +19,7 @@ from isthmus.errors import ConfigError
 from isthmus.losses.language import IGNORED as IGNORED
 from isthmus.losses.language import frozen_head_loss
 from isthmus.models.freezing import freeze_all, state_digest
+from isthmus.models.partition import is_partitioned
 
 ensure_torchvision()
 from transformers import GenerationConfig  # noqa: E402
@@ -129,14 +130,20 @@ class FrozenLanguage(nn.Module):
     def _label_loss(self, hidden_BTL: Tensor, labels_BT: Tensor) -> LossSum:
         """Cross-entropy where there are labels; position t of both belongs together.
 
-        With no label at all the sum is a differentiable zero, so that every rank runs the same backward.
+        With no label at all the sum is a differentiable zero, so that every rank runs the same backward. An output
+        layer that is spread over ranks is called once, on one row at least: how many labels there are is each rank's
+        own affair, and the number of calls must not be.
         """
         counted_BT = labels_BT != IGNORED
-        hidden_KL = hidden_BTL[counted_BT]
+        hidden_KL, targets_K, share = hidden_BTL[counted_BT], labels_BT[counted_BT], 1.0
+        together = is_partitioned(self.model.get_output_embeddings())
         if not len(hidden_KL):
-            return LossSum(hidden_BTL.float().sum() * 0.0, counted_BT.sum().float())
-        total = frozen_head_loss(hidden_KL, labels_BT[counted_BT], self.logits, self.vocab)
-        return LossSum(total, counted_BT.sum().float())
+            if not together:
+                return LossSum(hidden_BTL.float().sum() * 0.0, counted_BT.sum().float())
+            hidden_KL, targets_K, share = hidden_BTL[:1, 0], labels_BT.new_zeros(1), 0.0
+        rows = len(hidden_KL) if together else None
+        total = frozen_head_loss(hidden_KL, targets_K, self.logits, self.vocab, rows=rows)
+        return LossSum(total * share, counted_BT.sum().float())
 
     # --- generation --------------------------------------------------------------------------------------------
 

@@ -361,10 +361,8 @@ def load_bert_layers(qformer: QFormer, bert: Mapping[str, object], state: Mappin
                 raise WeightsError(f"The text weights lack the tensor '{theirs}'.", "Give a BERT-family checkpoint.")
             rows = min(len(target[ours]), len(source[theirs]))  # [DEC]'s row is ours alone
             target[ours][:rows].copy_(source[theirs][:rows])
-        # BERT adds its segment-0 row to every token; the Q-Former has no segments, so the row moves into the positions
-        # and the text branch starts as exactly the given model. (LAVIS drops the row.)
         segment = source.get("embeddings.token_type_embeddings.weight")
-        if segment is not None:
+        if segment is not None and c.init_segment == "fold":
             target["positions.weight"].add_(segment[0])
     qformer.copy_text_ffn()
 

@@ -25,7 +25,14 @@ from isthmus.models.freezing import freeze, verdict_table
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
-from isthmus.training.zero import build_engine, gather_owned, resolve_precision, run_forward, set_learning_rate
+from isthmus.training.zero import (
+    build_engine,
+    gather_owned,
+    resolve_precision,
+    run_forward,
+    set_learning_rate,
+    trained_norm,
+)
 
 _PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store|cuda error", re.IGNORECASE)
 """What torch, gloo and NCCL write into the plain RuntimeError by which one hears of a dead peer or a lost device."""
@@ -217,6 +224,7 @@ class Worker:
             with_vision=self.run.data.placement == "inline",
             parent=self.job.parent,
             bf16=self.precision == "bf16",
+            gradient_checkpointing=self.train_config.gradient_checkpointing,
         )
         stage: Stage = self.job.spec.build(self.run.method, context)
         freeze(stage.module, self.train_config.frozen)
@@ -303,9 +311,7 @@ class Worker:
     def _stop_not_finite(self, step: int, batch: Batch, values: Mapping[str, float]) -> None:
         """Raises on every rank alike. Parameter norms show whether the fault is in the model or in the batch."""
         ids = self.comm.collect(batch.sample_ids_B[batch.valid_B].tolist())
-        with torch.no_grad():
-            trainable = [p for p in self.stage.module.parameters() if p.requires_grad]
-            norm = float(torch.stack([p.detach().float().norm() for p in trainable]).norm()) if trainable else 0.0
+        norm = trained_norm(self.stage.module, stage=self.run.zero.stage)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise TrainingError(
             f"The loss is no finite number at step {step} ({shown}; parameter norm {norm:.4g}; "

@@ -169,6 +169,16 @@ def gather_owned(module: nn.Module, *, stage: int, keep: bool) -> dict[str, torc
     return state
 
 
+def trained_norm(module: nn.Module, *, stage: int) -> float:
+    """Euclidean norm of all trained parameters. Collective under ZeRO 3, which partitions them."""
+    squares = 0.0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            with _gathered(parameter, stage):
+                squares += float(parameter.detach().double().square().sum())
+    return squares**0.5
+
+
 def _gathered(parameter: nn.Parameter, stage: int) -> Any:
     return load_deepspeed().zero.GatheredParameters([parameter], enabled=stage == 3)
 

@@ -374,13 +374,17 @@ def test_text_pass_from_bert_is_bert(inputs) -> None:
     with torch.no_grad():
         for name, p in bert.named_parameters():
             p.copy_(torch.randn_like(p) * 0.2 + (1.0 if name.endswith("LayerNorm.weight") else 0.0))
-    fresh = QFormer(SHAPE, D, V, positions=20).eval()
-    load_bert_layers(fresh, BERT, bert.state_dict())
     _, ids, mask = inputs
-    with torch.no_grad():
-        theirs = bert(ids, attention_mask=mask).last_hidden_state
-        ours = fresh(None, ids, mask).text_BTM
-    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=1e-5)
+    for segment in ("fold", "drop"):
+        fresh = QFormer(SHAPE.model_copy(update={"init_segment": segment}), D, V, positions=20).eval()
+        load_bert_layers(fresh, BERT, bert.state_dict())
+        if segment == "drop":  # BERT without segments
+            bert.embeddings.token_type_embeddings.weight.data.zero_()
+        with torch.no_grad():
+            theirs = bert(ids, attention_mask=mask).last_hidden_state
+            ours = fresh(None, ids, mask).text_BTM
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=1e-5)
+    assert SHAPE.init_segment == "drop", "LAVIS has no segments"
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,0 +1,13 @@
+"""Parameters that are spread over ranks (ZeRO 3): each call of a module is then a collective one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether any parameter of the module lies in parts on several ranks.
+
+    Such a module gathers its weights at every call, so all ranks have to call it equally often, whatever their rows.
+    """
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
