@@ -25,6 +25,7 @@ class Sample:
         captions: every caption of the image, at least one for training.
         pixels_CHW: float32, transformed, or None when ``features_ND`` is given.
         features_ND: the frozen encoder's tokens, float16 or float32, or None.
+        image_id: int64, equal for all samples of one image; None means that the image has no other sample.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Sample:
     captions: tuple[str, ...] = ()
     pixels_CHW: np.ndarray | None = None
     features_ND: np.ndarray | None = None
+    image_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Batch:
         prefix_ids_BT, prefix_mask_BT: encoder-side prefix of prefix language modelling.
         texts: the captions as chosen for this epoch, for logging and checks.
         cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
+        image_ids_B: int64; rows of one image have the same.
     """
 
     sample_ids_B: Tensor
@@ -64,6 +67,7 @@ class Batch:
     prefix_mask_BT: Tensor | None = None
     texts: tuple[str, ...] = ()
     cut_B: Tensor | None = None
+    image_ids_B: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on ``device``; the rest unchanged."""
@@ -213,6 +217,7 @@ class Stage:
         references: (global batch) -> loss part name -> Reference.
         bases: the frozen pretrained parts that this stage stands on.
         image_spec: {"tokens": N, "width": D, "image_size": S}.
+        needs_image_ids: whether its loss has to know which rows are of one image.
     """
 
     module: StageModule
@@ -222,6 +227,7 @@ class Stage:
     references: Callable[[int], Mapping[str, Reference]]
     bases: tuple[Base, ...]
     image_spec: Mapping[str, int]
+    needs_image_ids: bool = False
 
 
 @runtime_checkable
@@ -263,13 +269,16 @@ class Captions(Protocol):
         self,
         features_BND: Tensor,
         *,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
     ) -> list[str]:
-        """One stripped caption per image; ``prompt`` is one for all of them, or one each."""
+        """One stripped caption per image; ``prompt`` is one for all of them, or one each; "" is none at all.
+
+        None is the recipe's own, which a method that has one names in its attribute ``own_prompt``.
+        """
         ...
 
 

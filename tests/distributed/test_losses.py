@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def train(folder: Path, comm: Comm) -> dict[str, Any]:
         stage = build(recipe(method, folder, **changes), comm)
         rows = samples(stage, GLOBAL)
         if changes.get("itc_same_image"):
-            rows[5] = type(rows[5])(rows[1].id, "again", rows[5].captions, features_ND=rows[1].features_ND)
+            rows[5] = replace(rows[5], image_id=rows[1].id, features_ND=rows[1].features_ND)  # on the other rank
         share = GLOBAL // comm.world_size
         own = rows[comm.rank * share : (comm.rank + 1) * share]
         padding = 1 if comm.rank == comm.world_size - 1 else 0

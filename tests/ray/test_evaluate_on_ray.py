@@ -82,8 +82,8 @@ def loader(fault: str = "", mark: str = "") -> Callable[[], Loaded]:
             def match_margin(self, features_BND: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
                 return self.match(features_BND, texts) - 0.1
 
-            def generate(self, features_BND: torch.Tensor, prompt: Any = "", **how: Any) -> list[str]:
-                prompts = [prompt] * len(features_BND) if isinstance(prompt, str) else prompt
+            def generate(self, features_BND: torch.Tensor, prompt: Any = None, **how: Any) -> list[str]:
+                prompts = [""] * len(features_BND) if prompt is None else prompt
                 level = features_BND.mean(dim=(1, 2)).tolist()
                 return [
                     f"picture {round(1000 * v)} of {p}" if not p else ["yes", "no"][round(1e4 * v) % 2]

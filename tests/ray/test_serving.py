@@ -35,7 +35,8 @@ class Colours(nn.Module):
         time.sleep(0.05)
         return pixels_BCHW.mean((2, 3))[:, None]
 
-    def generate(self, features_BND: Tensor, *, prompt: str = "", max_new_tokens: int = 30, **_: Any) -> list[str]:
+    def generate(self, features_BND: Tensor, *, prompt: str | None, max_new_tokens: int = 30, **_: Any) -> list[str]:
+        prompt = prompt or ""
         if prompt.startswith("hold "):
             held = Path(prompt.removeprefix("hold "))
             while not held.exists():

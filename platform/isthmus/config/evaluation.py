@@ -129,14 +129,19 @@ class EvaluateConfig(Config):
     )
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    captions_per_image: Literal["first", "all"] = Field(
-        "first", description="retrieval: which captions of an image take part; all of them are its positives"
+    captions_per_image: Literal["first", "all"] | Positive = Field(
+        "first",
+        description="retrieval: which captions of an image take part, 5 for the first five; they are its positives",
     )
     text_max_length: Positive | None = Field(
         None, description="retrieval, matching, classification: tokens kept of a text; LAVIS retrieves with 35, the "
         "recipe's own length if not given"
     )  # fmt: skip
-    prompt: str = Field("", description="captioning: text between the soft prompt and the caption")
+    prompt: str | None = Field(
+        None,
+        description="captioning: text between the soft prompt and the caption, '' for none; the recipe's own if not "
+        "given",
+    )
     max_new_tokens: Positive = 20
     min_new_tokens: Annotated[int, Field(ge=0)] = 1
     num_beams: Positive = 1

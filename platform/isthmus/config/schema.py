@@ -245,7 +245,9 @@ class CaptionConfig(Config):
     actors: Positive = 1
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    prompt: str = ""
+    prompt: str | None = Field(
+        None, description="text between the soft prompt and the caption, '' for none; the recipe's own if not given"
+    )
     max_new_tokens: Positive = 20
     min_new_tokens: Annotated[int, Field(ge=0)] = 1
     num_beams: Positive = 1

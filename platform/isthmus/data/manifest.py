@@ -16,12 +16,13 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus import storage
 from isthmus.data.parallel import map_ordered
 from isthmus.data.ranges import RangeReader, Sequential
-from isthmus.data.scan import SCHEMA, Problem, Scan, scan_shard
+from isthmus.data.scan import IMAGE_ID_COLUMN, SCHEMA, Problem, Scan, scan_shard
 from isthmus.errors import DataError
 
 VERSION = 1
@@ -61,6 +62,18 @@ class Manifest:
     def ids(self) -> np.ndarray:
         """Sample ids, int64 [len]."""
         return self.table["id"].to_numpy()
+
+    @property
+    def names_images(self) -> bool:
+        """Whether it was written with the images' ids. Older ones were not; their digest is the same."""
+        return IMAGE_ID_COLUMN in self.table.column_names
+
+    @functools.cached_property
+    def image_ids(self) -> np.ndarray:
+        """Id of each sample's image, int64 [len]: equal where the data says so, else the sample's own id."""
+        if not self.names_images:
+            return self.ids
+        return pc.coalesce(self.table[IMAGE_ID_COLUMN], self.table["id"]).to_numpy()
 
     @functools.cached_property
     def captioned(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -23,7 +24,8 @@ from isthmus.errors import DataError, IsthmusError
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "bytes")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-KEY_COLUMNS = ("key", "__key__", "image_id", "id")
+IMAGE_ID_COLUMN = "image_id"
+KEY_COLUMNS = ("key", "__key__", IMAGE_ID_COLUMN, "id")
 
 SCHEMA = pa.schema(
     [
@@ -39,10 +41,11 @@ SCHEMA = pa.schema(
         ("meta_offset", pa.int64()),
         ("meta_length", pa.int64()),
         ("row", pa.int64()),
+        ("image_id", pa.int64()),
     ]
 )
 """Columns of a manifest. Offsets and lengths are bytes in the shard, -1 where there is no such member; ``row`` is the
-row in a Parquet shard, -1 in tars."""
+row in a Parquet shard, -1 in tars; ``image_id`` is null where the data names none."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,27 @@ class Scan:
 
 def sample_id(shard: str, key: str) -> int:
     """63-bit id of a sample: blake2b of ``shard/key``. Stays the same wherever the folder is copied to."""
-    return int.from_bytes(hashlib.blake2b(f"{shard}/{key}".encode(), digest_size=8).digest(), "big") >> 1
+    return _hashed(f"{shard}/{key}")
+
+
+def image_id(value: Any) -> int | None:
+    """int64 id of the image that a sample's ``image_id`` names: an integer as it is, a text hashed as sample ids are.
+
+    None (no such field) stays None. ValueError with the reason for anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():  # how a table holds integers of which some are missing
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if -(1 << 63) <= value < 1 << 63 else _hashed(str(value))
+    if isinstance(value, str) and value:
+        return _hashed(value)
+    raise ValueError("'image_id' is neither an integer nor a text; the sample counts as an image of its own")
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def scan_shard(url: str, name: str, need_captions: bool) -> Scan:
@@ -167,6 +190,7 @@ class _Group:
     repeated: bool = False
     image: tuple[int, int, str] | None = None
     texts: dict[str, tuple[int, int, tuple[str, ...]]] = field(default_factory=dict)
+    image_id: int | None = None
 
     def add(self, scan: Scan, info: tarfile.TarInfo, extension: str, handle: Sequential) -> None:
         kind = extension.rsplit(".", 1)[-1].lower()
@@ -181,8 +205,9 @@ class _Group:
                 scan.report(info.offset, self.key, f"a second image (.{extension}) of one key; the first one is kept")
         elif kind not in self.texts:
             try:
-                found = parse_captions(handle.read(info.size), kind)[0]
+                found, meta = parse_captions(handle.read(info.size), kind)
                 self.texts[kind] = (info.offset_data, info.size, found)
+                self.image_id = image_id(meta.get("image_id")) if kind == "json" else self.image_id
             except ValueError as error:
                 scan.report(info.offset, self.key, str(error))
 
@@ -211,6 +236,7 @@ class _Group:
                 "meta_offset": meta[0],
                 "meta_length": meta[1],
                 "row": -1,
+                "image_id": self.image_id,
             }
         )
 
@@ -267,22 +293,35 @@ def _scan_parquet(url: str, scan: Scan, need_captions: bool) -> None:
     with storage.open_input(url) as opened:
         file = pq.ParquetFile(opened)
         image, caption, key = parquet_columns(file.schema_arrow, url)
-        columns = [name for name in (image, caption, key) if name]
+        owner = IMAGE_ID_COLUMN if IMAGE_ID_COLUMN in file.schema_arrow.names and image != IMAGE_ID_COLUMN else None
+        columns = list(dict.fromkeys(name for name in (image, caption, key, owner) if name))
         seen: set[str] = set()
+        rows_of_image: Counter[str] = Counter()
         row = 0
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=columns)
             lengths = image_lengths(table[image])
             captions: Iterable[Any] = table[caption].to_pylist() if caption else [None] * len(table)
             keys = [str(k) for k in table[key].to_pylist()] if key else [f"{row + i:09d}" for i in range(len(table))]
-            for length, text, name in zip(lengths, captions, keys, strict=True):
-                _parquet_row(scan, row, length, as_captions(text), name, seen, need_captions)
+            owners: Iterable[Any] = table[owner].to_pylist() if owner else [None] * len(table)
+            for length, text, name, of in zip(lengths, captions, keys, owners, strict=True):
+                if key == IMAGE_ID_COLUMN:  # it names images, and an image may have a row for each of its captions
+                    rows_of_image[name] += 1
+                    name = name if rows_of_image[name] == 1 else f"{name}#{rows_of_image[name]}"
+                _parquet_row(scan, row, length, as_captions(text), name, of, seen, need_captions)
                 row += 1
     source.close()
 
 
 def _parquet_row(
-    scan: Scan, row: int, length: int | None, captions: tuple[str, ...], key: str, seen: set[str], need_captions: bool
+    scan: Scan,
+    row: int,
+    length: int | None,
+    captions: tuple[str, ...],
+    key: str,
+    owner: Any,
+    seen: set[str],
+    need_captions: bool,
 ) -> None:
     if key in seen:
         scan.report(row, key, "the key occurs a second time in this shard; only the first one is kept")
@@ -296,4 +335,9 @@ def _parquet_row(
         names = ("image_offset", "text_offset", "text_length", "meta_offset", "meta_length")
         kind = "column" if captions else ""
         fields = {"id": sample_id(scan.name, key), "key": key, "image_length": length, "image_ext": "", "row": row}
-        scan.samples.append({**dict.fromkeys(names, -1), **fields, "text_ext": kind})
+        try:
+            image: int | None = image_id(owner)
+        except ValueError as error:
+            image = None
+            scan.report(row, key, str(error))
+        scan.samples.append({**dict.fromkeys(names, -1), **fields, "text_ext": kind, "image_id": image})

@@ -6,6 +6,7 @@ at its step; nothing is replayed and no iterator state is saved.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from isthmus.errors import DataError, IsthmusError
 
 if TYPE_CHECKING:
     from isthmus.data.features import FeatureCache
+
+log = logging.getLogger(__name__)
 
 _WINDOW = 1024
 """Steps of one Ray Data pipeline. Each step is one task, so that the tasks under way are the next steps."""
@@ -75,7 +78,42 @@ def train_batches(
         source, blank = _cached_rows(data, stage, manifest, order, rank, world, steps)
     else:
         source, blank = _image_rows(data, stage, manifest, order, rank, world, steps, seed)
-    return _batches(source, data, stage, order, blank, on_failure)
+    _check_images(manifest, stage, rank)
+    named = _with_images(source, manifest, order, rank, world)
+    return _batches(named, data, stage, order, blank, on_failure)
+
+
+def _check_images(manifest: Manifest, stage: Stage, rank: int) -> None:
+    """Whether the data can say which rows are of one image, where the method asks for that."""
+    if not stage.needs_image_ids:
+        return
+    if not manifest.names_images:
+        raise DataError(
+            f"The recipe makes rows of one image positives of one another (itc_same_image), and {manifest.root} was "
+            "indexed before the index named images.",
+            f"Run `isthmus data index {manifest.root}` again; its digest stays, and so do feature caches of it.",
+        )
+    if rank == 0 and len(np.unique(manifest.image_ids)) == len(manifest):
+        log.warning(
+            "itc_same_image has no effect on %s: no two of its samples have the same 'image_id' (a field of the JSON "
+            "member, a Parquet column).",
+            manifest.root,
+        )
+
+
+def _with_images(
+    source: Iterable[LocalRows], manifest: Manifest, order: Order, rank: int, world: int
+) -> Iterator[LocalRows]:
+    """The same rows with the ids of their images, wherever they were read."""
+    for local in source:
+        numbers = order.local(local.step, rank, world)
+        yield LocalRows(
+            local.step,
+            tuple(
+                replace(row, image_id=int(manifest.image_ids[number])) if isinstance(row, Sample) else row
+                for number, row in zip(numbers, local.rows, strict=True)
+            ),
+        )
 
 
 def _batches(

@@ -33,11 +33,17 @@ Load = Callable[[], Loaded]
 
 @dataclass(frozen=True)
 class About:
-    """What is recorded of the model that did the work."""
+    """What is recorded of the model that did the work; ``prompt`` is its recipe's own."""
 
     uri: str
     tokenizers: str
     bases: tuple[str, ...] = ()
+    prompt: str = ""
+
+
+def about(model: Loaded) -> About:
+    """What is recorded of ``model``."""
+    return About(model.uri, tokenizers(model), model.bases, str(getattr(model.module, "own_prompt", "")))
 
 
 class Runner(Protocol):
@@ -68,7 +74,7 @@ class Here:
 
     def about(self) -> About:
         model = self._worker.model
-        return About(model.uri, tokenizers(model), model.bases) if model else About("", "")
+        return about(model) if model else About("", "")
 
     def run(self, order: Order, label: str) -> Iterator[Part]:
         ids, start = [int(self._source.ids[row]) for row in order.rows], 0
@@ -119,7 +125,7 @@ class Remote:
         if source.digest != self.digest:
             raise DataError(f"{source.root} is another data set in a worker than in the driver.", "Do not change it.")
         self.worker = Worker(model, source, self.config)
-        return About(model.uri, tokenizers(model), model.bases)
+        return about(model)
 
     def run(self, order: Order) -> list[Part]:
         return list(self.worker.run(order))

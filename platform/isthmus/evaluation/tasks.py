@@ -200,15 +200,18 @@ def captioning(held: Held, written: BulkCaptions | None = None) -> TaskResult:
         }
         for n, i in enumerate(scores.ids)
     }
-    facts = _generation_facts(config, references, made, written)
+    facts = _generation_facts(held, references, made, written)
     return TaskResult(metrics, facts, rows, scores.not_computed)
 
 
 def _generation_facts(
-    config: EvaluateConfig, references: dict[int, tuple[str, ...]], made: dict[int, str], written: BulkCaptions | None
+    held: Held, references: dict[int, tuple[str, ...]], made: dict[int, str], written: BulkCaptions | None
 ) -> dict[str, Any]:
+    config = held.config
     names = ("prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty")
     settings = {name: getattr(config, name) for name in names}
+    if config.prompt is None:
+        settings["prompt"] = held.runner.about().prompt
     if written is not None:
         settings = {name: written.facts.get(name) for name in names}
     return {

@@ -145,8 +145,9 @@ class Worker:
         for key, captions in zip(part.keys, part.captions, strict=True):
             if not captions:
                 raise DataError(f"The image {key} has no caption.", "Retrieval needs one for every image.")
-        first = self.config.captions_per_image == "first"
-        part.captions = [captions[:1] if first else captions for captions in part.captions]
+        asked = self.config.captions_per_image
+        most = {"first": 1, "all": None}[asked] if isinstance(asked, str) else asked
+        part.captions = [captions[:most] for captions in part.captions]
         return self.embed_texts([text for captions in part.captions for text in captions])
 
     def _caption(self, features_BND: Tensor) -> list[str]:

@@ -69,23 +69,33 @@ def caption_with(config: CaptionConfig, handle: ModelHandle, load: Callable[[], 
     """:func:`caption` with a given model; ``load`` is called once in each actor and must be picklable."""
     config = anchored(config)
     manifest = open_data(config.data)
-    how = Generation(config.prompt, config.max_new_tokens, config.min_new_tokens, config.num_beams)
-    job = Job(
-        "caption",
-        {
-            "model": handle.digest,
-            "manifest": manifest.digest,
-            "chunk": config.chunk,
-            "features": features_fact(config.cache),
-            **asdict(how),
-        },
-    )
+    prompt = handle.own_prompt if config.prompt is None else config.prompt
+    how = Generation(prompt, config.max_new_tokens, config.min_new_tokens, config.num_beams)
+    job = caption_job(handle, manifest, config, how)
     work = OpenCaptionWork(load, config.data, config.cache, config.batch, how)
     give = Resources(config.actors, config.cpus_per_actor, config.gpus_per_actor, config.max_failed_share)
     done = run_bulk("captioning", job, manifest, config.out, config.chunk, work, give)
     return CaptionReport(
         captioned=done.done, **{f.name: getattr(done, f.name) for f in fields(CaptionReport) if f.name != "captioned"}
     )
+
+
+def caption_job(handle: ModelHandle, manifest: Manifest, config: CaptionConfig, how: Generation) -> Job:
+    """What the output is the answer to. ``how.prompt`` is the prompt that is used.
+
+    Earlier releases took "" for the recipe's own prompt and recorded "". Where the recipe has one, captions without any
+    are therefore a job of another name than those: neither goes on in the other's folder.
+    """
+    facts = {
+        "model": handle.digest,
+        "manifest": manifest.digest,
+        "chunk": config.chunk,
+        "features": features_fact(config.cache),
+        **asdict(how),
+    }
+    if handle.own_prompt and not how.prompt:
+        facts["own_prompt"] = "left out"
+    return Job("caption", facts)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,13 @@ from isthmus.errors import ConfigError
 
 @dataclass(frozen=True)
 class Generation:
-    """How captions are generated. Beam 1 is greedy; the same settings give the same captions."""
+    """How captions are generated. Beam 1 is greedy; the same settings give the same captions.
 
-    prompt: str = ""
+    Attributes:
+        prompt: "" is none; None is the recipe's own.
+    """
+
+    prompt: str | None = None
     max_new_tokens: int = 20
     min_new_tokens: int = 1
     num_beams: int = 1

@@ -24,24 +24,29 @@ class ModelHandle:
         uri: fixed to a version where the registry knows one, so that a moved alias changes nothing in mid-job.
         path: the unpacked artefact on the machine that resolved it.
         digest: sha256 over weights, recipe and bases.
+        own_prompt: the text that its recipe puts between the soft prompt and a caption.
     """
 
     uri: str
     path: str
     digest: str
+    own_prompt: str = ""
 
 
 def resolve_model(model: str, tracking: TrackingConfig) -> ModelHandle:
     """The registered model (or folder) that ``model`` names.
 
     Raises:
-        RegistryError: no such name, version, alias or folder.
+        RegistryError: no such name, version, alias or folder, or it holds no model.
     """
+    from isthmus.methods.artefact import read_recipe
     from isthmus.registry import store
 
     version = store.resolve(model, tracking)
     uri = f"models:/{version.name}/{version.version}" if version.name and version.version else version.uri
-    return ModelHandle(uri=uri or model, path=str(Path(version.path).absolute()), digest=artefact_digest(version.path))
+    path, digest = str(Path(version.path).absolute()), artefact_digest(version.path)
+    language = getattr(read_recipe(path).method, "language", None)
+    return ModelHandle(uri or model, path, digest, getattr(language, "prompt", ""))
 
 
 def artefact_digest(path: str) -> str:

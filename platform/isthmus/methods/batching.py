@@ -65,6 +65,9 @@ def stack(samples: Sequence[Sample], step: int, epoch: int) -> dict[str, Any]:
     valid = [s.id >= 0 and (s.pixels_CHW is not None or s.features_ND is not None) for s in samples]
     return {
         "sample_ids_B": torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+        "image_ids_B": torch.tensor(
+            [sample.id if sample.image_id is None else sample.image_id for sample in samples], dtype=torch.int64
+        ),
         "valid_B": torch.tensor(valid, dtype=torch.bool),
         "step": step,
         "epoch": epoch,

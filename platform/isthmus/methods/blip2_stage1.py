@@ -62,7 +62,8 @@ class Blip2Stage1Config(MethodConfig):
         description="detached: other ranks' and own columns are constants, as in LAVIS; full: exact gradient",
     )
     itc_same_image: bool = Field(
-        False, description="rows that share a sample id are positives of one another (retrieval fine-tuning)"
+        False,
+        description="rows of one image ('image_id' in the data) are positives of one another (retrieval fine-tuning)",
     )
     label_smoothing: Smoothing = Field(0.1, description="of ITC and ITG")
     itm_every: Every = Field(1, description="ITM is computed at every k-th step only, at its full weight")
@@ -189,7 +190,7 @@ class Blip2Stage1(SeeingModule):
             self.comm,
             smoothing=self.config.label_smoothing,
             full_gradient=self.config.itc_gather == "full",
-            image_ids_B=batch.sample_ids_B if self.config.itc_same_image else None,
+            image_ids_B=batch.image_ids_B if self.config.itc_same_image else None,
         )
 
     def _match(self, memory: ImageMemory, itc: Contrast, batch: Batch) -> Match:
@@ -303,7 +304,7 @@ class Blip2Stage1(SeeingModule):
         self,
         features_BND: Tensor,
         *,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
@@ -316,7 +317,7 @@ class Blip2Stage1(SeeingModule):
         """
         if self.qformer.lm_head is None:
             raise ConfigError("This model cannot caption: it was trained with weights.itg 0.", "Caption with stage 2.")
-        if num_beams != 1 or any(prompt):
+        if num_beams != 1 or any(prompt or ()):
             raise ConfigError("Stage 1's own decoder is greedy and takes no prompt.", "Set num_beams: 1 and no prompt.")
         memory = self.qformer.remember(self._normalise(features_BND))
         rows = self.qformer.greedy(memory, self.tokenizer.sep_token_id, max_new_tokens, min_new_tokens)
@@ -393,4 +394,5 @@ def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
         references=partial(references, config, len(tokenizer) + 1),
         bases=(vision.base,) if vision is not None else (),
         image_spec={"tokens": spec.tokens, "width": spec.width, "image_size": spec.image_size},
+        needs_image_ids=config.itc_same_image,
     )

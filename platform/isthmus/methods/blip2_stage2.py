@@ -184,23 +184,27 @@ class Blip2Stage2(SeeingModule):
         loss = found.total / tokens.clamp(min=1e-6)
         return LossTerms(loss, {"lm": loss.detach()}, {})
 
+    @property
+    def own_prompt(self) -> str:
+        """The recipe's text between soft prompt and caption."""
+        return self.config.language.prompt
+
     @torch.no_grad()
     def generate(
         self,
         features_BND: Tensor,
         *,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
         repetition_penalty: float = 1.0,
     ) -> list[str]:
-        """One stripped caption per image. ``prompt``: one for all, or one each; an empty one means the recipe's own."""
-        own = self.config.language.prompt
+        """One stripped caption per image. ``prompt``: one for all, or one each; the recipe's own when None."""
         captions: list[str] = self.language.generate(
             self.soft_prompt(features_BND),
-            prompt=(prompt or own) if isinstance(prompt, str) else [text or own for text in prompt],
+            prompt=self.own_prompt if prompt is None else prompt,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             min_new_tokens=min_new_tokens,

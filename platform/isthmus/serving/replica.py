@@ -159,7 +159,8 @@ class ModelReplica:
             groups.setdefault((prompt, budget), []).append(i)
         out: dict[int, Caption] = {}
         for (prompt, budget), rows in groups.items():
-            texts = module.generate(features_BND[rows], prompt=prompt, max_new_tokens=budget, min_new_tokens=1)
+            # A request without text asks for a caption as the model was trained to give it.
+            texts = module.generate(features_BND[rows], prompt=prompt or None, max_new_tokens=budget, min_new_tokens=1)
             read = count_tokens(module, prompt)
             for i, text in zip(rows, texts, strict=True):
                 written = count_tokens(module, text)

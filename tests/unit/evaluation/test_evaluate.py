@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from isthmus.config import EvaluateConfig
@@ -40,9 +41,9 @@ class Oracle(StageModule):
     def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
         return pixels_BCHW.mean(dim=(2, 3)).unsqueeze(1)
 
-    def generate(self, features_BND: Tensor, prompt: str | Sequence[str] = "", **how: Any) -> list[str]:
+    def generate(self, features_BND: Tensor, prompt: str | Sequence[str] | None = None, **how: Any) -> list[str]:
         self.how = how
-        if isinstance(prompt, str):
+        if prompt is None or isinstance(prompt, str):
             return [f" {self._name(row)} " for row in features_BND]
         return [f"{p} {self._name(row)}\n" for row, p in zip(features_BND, prompt, strict=True)]
 
@@ -120,6 +121,28 @@ def test_all_captions_of_an_image_are_its_positives(data: Path, loaded: Loaded) 
     # Second captions all look like those of one image: they tie with its main one, and ties count against it.
     assert result["tr_at_1"] == 0.9
     assert result["ir_at_1"] == 0.55  # ten main captions and that one image's second
+
+
+@pytest.mark.parametrize(("asked", "each"), [(1, 1), (2, 2), (3, 3), (9, 3), ("first", 1), ("all", 3)])
+def test_the_first_n_captions_of_an_image_take_part(tmp_path: Path, asked: int | str, each: int) -> None:
+    members: dict[str, bytes] = {}
+    for n in range(4):
+        members |= {f"s{n}.png": image_bytes(n), f"s{n}.txt": f"main {n}\nsecond {n}\nthird {n}\n".encode()}
+    write_tar(tmp_path / "d" / "a.tar", members)
+    index(str(tmp_path / "d"))
+    loaded = Loaded(ModelVersion("", "", "", "stand-in"), oracle(tmp_path / "d"), TRANSFORM)
+    out = tmp_path / "out"
+    result = evaluate(config(tmp_path / "d", captions_per_image=asked, out=str(out)), loaded=loaded)
+    assert (result["captions"], result["captions_per_image"]) == (4 * each, asked)
+    rows = pq.read_table(out / "rows.parquet").to_pylist()
+    said = [f"{which} 0" for which in ("main", "second", "third")][:each]
+    assert next(row for row in rows if row["key"] == "s0")["captions"] == said
+
+
+@pytest.mark.parametrize("asked", [0, -1, "second", 1.5, None])
+def test_other_numbers_of_captions_are_refused(asked: Any) -> None:
+    with pytest.raises(ValidationError, match="captions_per_image"):
+        EvaluateConfig(model="m", data="d", captions_per_image=asked)
 
 
 def test_reranking_asks_the_matching_head(data: Path, loaded: Loaded) -> None:
@@ -415,7 +438,7 @@ def test_missing_and_doubled_rows_of_a_worker_are_refused(data: Path, loaded: Lo
         accounted([1, 2], [Part(ids=[1, 2, 1])])
 
     class Silent(Oracle):
-        def generate(self, features_BND: Tensor, prompt: Any = "", **how: Any) -> list[str]:
+        def generate(self, features_BND: Tensor, prompt: Any = None, **how: Any) -> list[str]:
             return super().generate(features_BND, prompt, **how)[1:]
 
     silent = Loaded(loaded.version, Silent(loaded.module.known).eval(), TRANSFORM)  # type: ignore[arg-type]

@@ -105,6 +105,31 @@ def test_stage_2_answers_each_question_with_its_own_prompt(models: dict[str, str
     assert len(said) > 1
 
 
+@pytest.mark.parametrize(("asked", "used"), [({}, "a photo of"), ({"prompt": ""}, ""), ({"prompt": "the"}, "the")])
+def test_captioning_names_the_prompt_that_was_used(
+    models: dict[str, str], data: Path, tmp_path: Path, asked: dict[str, str], used: str
+) -> None:
+    import pyarrow.parquet as pq
+
+    artefact = load_artefact(models["blip2_stage2"])
+    method: Any = artefact.recipe.method
+    language = method.language.model_copy(update={"prompt": "a photo of"})
+    changed = artefact.recipe.model_copy(update={"method": method.model_copy(update={"language": language})})
+    module: Any = artefact.stage.module
+    save_artefact(tmp_path / "model", owned_state(module), changed, artefact.stage, {})
+    result = run(str(tmp_path / "model"), data, "captioning", out=str(tmp_path / "out"), max_new_tokens=6, **asked)
+    told = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert result["prompt"] == told["prompt"] == used
+    soft = module.soft_prompt(_features(module, models["blip2_stage2"], data))
+    alone = {
+        text: module.language.generate(soft, text, max_new_tokens=6, min_new_tokens=1)
+        for text in (used, "a photo of", "")
+    }
+    rows = pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist()
+    captions = [row["caption"] for row in sorted(rows, key=lambda row: str(row["key"]))]
+    assert captions == alone[used] and alone["a photo of"] != alone[""]
+
+
 def test_what_a_method_cannot_do_is_said(models: dict[str, str], data: Path) -> None:
     with pytest.raises(ConfigError, match="implements no Judges"):
         run(models["projector"], data, "matching")

@@ -70,13 +70,13 @@ def test_one_pair_alone_trains_without_matching(folder: Path) -> None:
 def test_a_batch_of_one_image_says_that_matching_is_left_out(folder: Path, caplog, images: int) -> None:
     """Retrieval fine-tuning with captions of one image only: nothing is a negative."""
     stage = build(recipe("blip2_stage1", folder, itc_same_image=True))
-    rows = [replace(row, id=i % images) for i, row in enumerate(samples(stage, 4))]
+    rows = [replace(row, image_id=i % images) for i, row in enumerate(samples(stage, 4))]
     for step in (4, 5):
         terms = stage.module(batch(stage, rows, step))
     said = [record.getMessage() for record in caplog.records if "ITM is left out" in record.getMessage()]
     assert float(terms.parts["itm"]) > 0.0 if images == 2 else float(terms.parts["itm"]) == 0.0
     assert len(said) == (images == 1)  # once, not at every step
-    assert all("step 4" in text and "sample ids [0]" in text and "train.global_batch" in text for text in said)
+    assert all("step 4" in text and "sample ids [0, 1, 2, 3]" in text and "train.global_batch" in text for text in said)
 
 
 @pytest.mark.parametrize("method", ["blip2_stage1", "projector", "blip2_stage2"])

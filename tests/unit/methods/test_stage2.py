@@ -215,11 +215,33 @@ def test_each_image_may_have_its_own_prompt(folder: Path) -> None:
     prompts = ["a red cat sitting on", "", "the", "two dogs"]
     settings = {"max_new_tokens": 6, "num_beams": 3, "length_penalty": -1.0}
     together = module.generate(features, prompt=prompts, **settings)
-    for row, prompt in enumerate(prompts):  # an empty one is the recipe's own, as for all images at once
-        assert module.generate(features[row : row + 1], prompt=prompt or "a photo of", **settings) == [together[row]]
+    for row, prompt in enumerate(prompts):
+        assert module.generate(features[row : row + 1], prompt=prompt, **settings) == [together[row]]
     assert together != module.generate(features, prompt=prompts[::-1], **settings)
     with pytest.raises(ConfigError, match="2 prompts were given for 4 images"):
         module.generate(features, prompt=["a", "b"])
+
+
+def test_the_recipes_own_prompt_is_used_where_none_is_given_and_an_empty_one_is_none(folder: Path) -> None:
+    config = recipe("blip2_stage2", folder)
+    own = config.language.model_copy(update={"prompt": "a photo of"})
+    module = build(config.model_copy(update={"language": own})).module.eval()
+    with torch.no_grad():
+        for p in module.qformer.parameters():
+            p.normal_(0.0, 0.3)
+        module.projection.weight.mul_(20)
+        features = torch.randn(3, 5, module.ln_vision.weight.shape[0], generator=torch.Generator().manual_seed(2))
+        soft = module.soft_prompt(features)
+    assert module.own_prompt == "a photo of"
+    given = module.language.generate(soft, "a photo of", max_new_tokens=6)
+    none = module.language.generate(soft, "", max_new_tokens=6)
+    assert given != none
+    assert module.generate(features, max_new_tokens=6) == given
+    assert (
+        module.generate(features, prompt="", max_new_tokens=6)
+        == none
+        == module.generate(features, prompt=[""] * 3, max_new_tokens=6)
+    )
 
 
 def test_the_language_models_dropout_sleeps_unless_it_is_asked_for(folder: Path) -> None:
