@@ -217,7 +217,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(models, family):
     for _ in range(5):
         inputs = torch.cat([x, model.embed(torch.tensor([ids]))], 1)
         following = int(model.model(inputs_embeds=inputs).logits[0, -1].argmax())
-        if following in model._stop_ids():
+        if following == model.end_id:
             break
         ids.append(following)
     expected = model.tokenizer.decode(ids[len(model._prompt_ids("a photo of")) :], skip_special_tokens=True).strip()
