@@ -106,12 +106,15 @@ class FrozenLanguage(nn.Module):
     def logits(self, hidden_KL: Tensor) -> Tensor:
         """Float32 logits [K, V] of last hidden states."""
 
-    def cut(self, ids: list[int], keep_end: bool) -> list[int]:
-        """At most ``max_length`` tokens; what is cut off gives up its last token, or with ``keep_end`` the one before.
+    def room(self) -> int:
+        """Tokens that :meth:`caption_ids` may have at most before they are cut, with the recipe's prompt."""
+        return self.config.max_length
+
+    def cut(self, ids: list[int], limit: int, keep_end: bool) -> list[int]:
+        """At most ``limit`` tokens; what is cut off gives up its last token, or with ``keep_end`` the one before.
 
         The recipe's ``keep_end``, where it is set, goes first.
         """
-        limit = self.config.max_length
         if len(ids) <= limit:
             return ids
         keep_end = keep_end if self.config.keep_end is None else self.config.keep_end
