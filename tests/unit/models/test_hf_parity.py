@@ -153,6 +153,10 @@ def test_stage_2_is_conditional_generation(folder: Path, family: str, attention:
 def test_stage_2_with_t5_is_conditional_generation(folder: Path, attention: str) -> None:
     where = folder / f"t5-{attention}"
     theirs = write_stage2(where, "t5", eps=1e-5)
+    for name, parameter in theirs.language_model.named_parameters():
+        if "wi_0" in name:
+            parameter.data *= 12.0  # the exact GELU and that by tanh differ on numbers that are not small
+    theirs.save_pretrained(where)
     theirs.set_attn_implementation(attention)
     import_hf(where, where.with_name(f"{where.name}-in"))
     module: Any = load_artefact(where.with_name(f"{where.name}-in")).stage.module
