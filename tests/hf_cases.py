@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
     Blip2VisionConfig,
     Blip2VisionModel,
     BlipImageProcessor,
+    GenerationConfig,
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings  # noqa: E402
 
@@ -95,7 +96,8 @@ def write_stage2(folder: Path, family: str = "opt", *, eps: float = 1e-6, seed: 
     text = AutoConfig.from_pretrained(language.weights)
     text.vocab_size = len(tokenizer) + spare
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    text.eos_token_id = [newline, tokenizer.eos_token_id] if family == "opt" else tokenizer.eos_token_id
+    # What the published checkpoints hold: the newline alone for OPT, in the text and in the generation configuration.
+    text.eos_token_id = newline if family == "opt" else tokenizer.eos_token_id
     config = Blip2Config(
         vision_config=Blip2VisionConfig(**VISION, layer_norm_eps=eps), qformer_config=Blip2QFormerConfig(**QFORMER),
         text_config=text, num_query_tokens=QUERIES, image_token_index=len(tokenizer),
@@ -105,6 +107,7 @@ def write_stage2(folder: Path, family: str = "opt", *, eps: float = 1e-6, seed: 
         head = model.language_model.lm_head
         head.weight = nn.Parameter(head.weight.detach().clone())
     overwrite(model, seed)
+    model.generation_config = GenerationConfig(eos_token_id=text.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     Blip2Processor(image_processor(), tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
     return model

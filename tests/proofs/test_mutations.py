@@ -64,6 +64,12 @@ MUTATIONS = {
         "targets_BT = labels_BT[:, :-1]",
         f"{UNIT}/losses/test_language_loss.py::test_label_t_plus_1_is_asked_of_position_t",
     ),
+    "e_labels_not_shifted_in_stage_2": Mutation(  # and all positions fed, so that the shapes still fit
+        "models/language.py",
+        "hidden = self._hidden(prefix_BQL[rows], ids[:, :-1], mask[:, :-1])[:, queries - 1 :]",
+        "hidden = self._hidden(prefix_BQL[rows], ids, mask)[:, queries:]",
+        f"{UNIT}/models/test_language.py::test_the_loss_is_the_whole_model_s_own",
+    ),
     "f_gather_order_permuted_across_ranks": Mutation(
         "training/comm.py",
         "    _all_gather(out, x.contiguous(), group=group)\n    return out",

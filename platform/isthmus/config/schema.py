@@ -52,7 +52,12 @@ class LanguageConfig(Config):
     """A frozen language model, decoder-only or T5, in the same notation as :class:`TextConfig`."""
 
     weights: Source = "pkg:smollm2-135m-instruct"
-    max_length: Positive = Field(32, description="caption tokens, including the end token")
+    max_length: Positive = Field(32, description="tokens, including the end token; see max_length_of")
+    max_length_of: Literal["caption", "text"] = Field(
+        "caption",
+        description="what a decoder-only model's max_length counts: the caption and its end token, or all of the text, "
+        "with the begin-of-sequence token and the prompt before them (LAVIS). A T5's sides are each counted whole",
+    )
     prompt: str = Field("", description="text between the soft prompt and the caption; takes no loss")
     keep_end: bool | None = Field(
         None,

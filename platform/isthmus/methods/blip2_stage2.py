@@ -241,14 +241,13 @@ class CollateStage2:
 
     def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
-        limit = self.language.config.max_length
         prefixes, suffixes = None, list(texts)
         if self.language.splits:
             pairs = [split_caption(t, s.id, self.seed, epoch) for t, s in zip(texts, samples, strict=True)]
             prefixes, suffixes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        cut_B = cut_captions(suffixes, limit, self.language.caption_ids)
+        cut_B = cut_captions(suffixes, self.language.room(), self.language.caption_ids)
         if prefixes is not None:
-            cut_B |= cut_captions(prefixes, limit, self.language.prefix_ids)
+            cut_B |= cut_captions(prefixes, self.language.config.max_length, self.language.prefix_ids)
         members = stack(samples, step, epoch) | self.language.token_members(suffixes, prefixes)
         return Batch(**members, texts=texts, cut_B=cut_B)
 

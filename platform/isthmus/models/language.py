@@ -26,6 +26,11 @@ from isthmus.models.text import load_config, load_pretrained, load_tokenizer
 ensure_torchvision()
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+PROBE = 6
+"""Tokens that a model is tried with when it is loaded."""
+LOGIT_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Accepted difference of two ways to the same logits, as a share of the largest."""
+
 
 class LanguageModel(FrozenLanguage):
     """A frozen decoder-only model.
@@ -39,6 +44,7 @@ class LanguageModel(FrozenLanguage):
         super().__init__(model, tokenizer, config, end_id, pad_id)
         self.first_id = _first_id(tokenizer, config) if config.opening == "first" else None
         self.bos_id = bos_id if self.first_id is None else None
+        self.room()
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -54,17 +60,18 @@ class LanguageModel(FrozenLanguage):
         """What :meth:`loss` takes, right-padded, int64 [B, T] each: ids, 0/1 mask, labels.
 
         Labels are -100 on padding and on the prompt with its BOS. Without a prompt a BOS is a label, as in LAVIS: the
-        soft prompt's last token predicts it. A caption and its end token take at most ``max_length`` tokens; what is
-        cut off loses the end token, since it does not end there, unless the recipe's ``keep_end`` says otherwise.
+        soft prompt's last token predicts it. A caption and its end token take at most ``max_length`` tokens, less BOS
+        and prompt where ``max_length_of`` is the text; what is cut off loses the end token, since it does not end
+        there, unless the recipe's ``keep_end`` says otherwise.
 
         Args:
             texts: captions.
             prompt: the recipe's own when None.
         """
         prompt = (self.config.prompt if prompt is None else prompt).strip()
-        head = self._prompt_ids(prompt)
+        head, limit = self._prompt_ids(prompt), self.room(prompt)
         ids_BT, mask_BT = self._right_padded(
-            [head + self.cut(self.caption_ids(text, prompt), keep_end=False) for text in texts]
+            [head + self.cut(self.caption_ids(text, prompt), limit, keep_end=False) for text in texts]
         )
         labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
         if prompt:
@@ -147,6 +154,23 @@ class LanguageModel(FrozenLanguage):
     def _prompt_ids(self, prompt: str) -> list[int]:
         return ([] if self.bos_id is None else [self.bos_id]) + self._plain_ids(prompt)
 
+    def room(self, prompt: str | None = None) -> int:
+        """Tokens that a caption may have with its end token, behind the prompt (the recipe's own when None).
+
+        Raises:
+            ConfigError: BOS and prompt leave none of ``max_length``.
+        """
+        limit = self.config.max_length
+        if self.config.max_length_of == "text":
+            head = len(self._prompt_ids((self.config.prompt if prompt is None else prompt).strip()))
+            if head >= limit:
+                raise ConfigError(
+                    f"method.language.max_length {limit} counts the text, and the prompt alone takes {head}.",
+                    "Raise it, shorten the prompt, or set method.language.max_length_of to 'caption'.",
+                )
+            limit -= head
+        return limit
+
     def caption_ids(self, text: str, prompt: str | None = None) -> list[int]:
         """Tokens of the caption as they follow the prompt (the recipe's own when None), then the end token; uncut.
 
@@ -165,7 +189,8 @@ def build_language(config: LanguageConfig, *, bf16: bool = False) -> FrozenLangu
     Its own configuration says whether it is decoder-only or a T5. The digest is that of the float32 weights either way.
 
     Raises:
-        ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or no language model of these kinds there.
+        ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or no language model of these kinds there;
+            or see :func:`check_logits`.
     """
     language: FrozenLanguage
     if _is_encoder_decoder(config.weights):
@@ -173,12 +198,50 @@ def build_language(config: LanguageConfig, *, bf16: bool = False) -> FrozenLangu
     else:
         model = load_pretrained(AutoModelForCausalLM, config.weights, "a causal language model")
         language = LanguageModel(model, load_tokenizer(config.weights), config)
+        check_logits(language)
     if bf16:
         language.model.to(torch.bfloat16)
         if not torch.cuda.is_available():
             # torch's fused attention in bf16 takes CPUs many times longer
             language.model.set_attn_implementation("eager")
     return language
+
+
+@torch.no_grad()
+def check_logits(language: LanguageModel) -> None:
+    """Refuses a model whose logits are not those that this package computes for it.
+
+    The loss takes them from the last hidden states, at label positions alone, and so has to repeat what an architecture
+    does to its output layer's values. A few tokens go through both ways.
+
+    Raises:
+        WeightsError: the two differ by more than rounding.
+    """
+    model = language.model
+    table = model.get_input_embeddings().weight
+    ids_1T = torch.linspace(0, len(table) - 1, PROBE, device=table.device).long().unsqueeze(0)
+    training = model.training
+    model.eval()
+    try:
+        whole_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        own_TV = language.logits(
+            language._hidden(language.embed(ids_1T[:, :2]), ids_1T[:, 2:], ids_1T[:, 2:] * 0 + 1)[0]
+        )
+    finally:
+        model.train(training)
+    tolerance = LOGIT_ROUNDING.get(table.dtype, 1e-4)
+    if own_TV.shape == whole_TV.shape:
+        difference = float((own_TV - whole_TV).abs().max() / whole_TV.abs().max().clamp(min=1e-30))
+        if difference <= tolerance:  # not where it is no number
+            return
+        found = f"differ by {difference:.2g} of the largest"
+    else:
+        found = f"have the shape {tuple(own_TV.shape)} instead of {tuple(whole_TV.shape)}"
+    raise WeightsError(
+        f"'{language.config.weights}' is a {type(model).__name__} ('{model.config.model_type}'), whose logits this "
+        f"package does not compute as the model itself does: they {found}.",
+        "Name a language model of another architecture.",
+    )
 
 
 def _is_encoder_decoder(weights: str) -> bool:

@@ -49,7 +49,7 @@ class FrozenLanguage(nn.Module):
         width: L, of the input embeddings (OPT-350m's differs from its hidden width).
         vocab: V, rows of the output layer.
         tokenizer: the transformers tokenizer. base: source and digest of the weights.
-        end_id: closes a caption. pad_id: fills rows up.
+        end_id: closes a caption; generation stops there and nowhere else. pad_id: fills rows up.
         splits: whether a caption is split into a prefix that is read and a suffix that is predicted.
     """
 
@@ -107,12 +107,15 @@ class FrozenLanguage(nn.Module):
     def logits(self, hidden_KL: Tensor) -> Tensor:
         """Float32 logits [K, V] of last hidden states."""
 
-    def cut(self, ids: list[int], keep_end: bool) -> list[int]:
-        """At most ``max_length`` tokens; what is cut off gives up its last token, or with ``keep_end`` the one before.
+    def room(self) -> int:
+        """Tokens that :meth:`caption_ids` may have at most before they are cut, with the recipe's prompt."""
+        return self.config.max_length
+
+    def cut(self, ids: list[int], limit: int, keep_end: bool) -> list[int]:
+        """At most ``limit`` tokens; what is cut off gives up its last token, or with ``keep_end`` the one before.
 
         The recipe's ``keep_end``, where it is set, goes first.
         """
-        limit = self.config.max_length
         if len(ids) <= limit:
             return ids
         keep_end = keep_end if self.config.keep_end is None else self.config.keep_end
@@ -205,16 +208,11 @@ class FrozenLanguage(nn.Module):
         return rows
 
     def _ends(self) -> dict[str, Any]:
-        return {"pad_token_id": self.pad_id, "eos_token_id": self._stop_ids()}
+        return {"pad_token_id": self.pad_id, "eos_token_id": self.end_id}
 
     def _decode(self, ids: Sequence[int]) -> str:
-        stops = set(self._stop_ids())
-        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        end = next((i for i, token in enumerate(ids) if token == self.end_id), len(ids))
         return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-
-    def _stop_ids(self) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return [self.end_id] if eos is None or eos == self.end_id else [self.end_id, int(eos)]
 
     def _plain_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -85,8 +85,8 @@ class Seq2SeqLanguageModel(FrozenLanguage):
         """
         if prefixes is None:
             prefixes = [""] * len(texts)
-        ids_BT, mask_BT = self._right_padded([self.cut(self.caption_ids(text), keep_end=True) for text in texts])
         limit = self.config.max_length
+        ids_BT, mask_BT = self._right_padded([self.cut(self.caption_ids(text), limit, keep_end=True) for text in texts])
         encoder = [self.prefix_ids(prefix, prompt) for prefix in prefixes]
         encoder = [row if len(row) <= limit else [*row[: limit - 1], self.end_id] for row in encoder]
         prefix_ids_BP, prefix_mask_BP = self._right_padded(encoder)

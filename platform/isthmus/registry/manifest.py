@@ -33,6 +33,10 @@ its content is compared by digest."""
 
 MAY_GROW = "train.steps"
 
+CAME_LATER = {"method.language.max_length_of": "caption"}
+"""Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
+not count in a run's digest, so that a run which had finished before still has."""
+
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"train": {"lr": 1}}`` -> ``{"train.lr": 1}``."""
@@ -66,8 +70,9 @@ def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:
 def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
     """sha256 of all that decides a run's result: the settled fields, the data's digest, the parent and its version."""
     parent = lineage.get("parent") or {}
+    settled = {k: v for k, v in settled_fields(run).items() if k not in CAME_LATER or v != CAME_LATER[k]}
     facts = {
-        "recipe": settled_fields(run),
+        "recipe": settled,
         "data": lineage.get("data", {}).get("digest"),
         "parent": [parent.get("name"), parent.get("version")],
     }

@@ -34,6 +34,16 @@ def test_known_answers(score: object) -> None:
     assert metrics["cider"] == pytest.approx(1.242192, abs=1e-6)
 
 
+@pytest.mark.parametrize("score", [score_captions, score_tokens])
+def test_cider_of_one_image_alone_is_zero(score: object) -> None:
+    """Every word is in all documents, so it weighs nothing; the same perfect caption scores high beside another."""
+    perfect = {i: REFERENCES[i][0] for i in REFERENCES}
+    together = score(perfect, REFERENCES)  # type: ignore[operator]
+    assert min(together.cider) > 1.0
+    alone = score({0: perfect[0]}, {0: REFERENCES[0]})  # type: ignore[operator]
+    assert alone.metrics["cider"] == 0.0 and alone.metrics["bleu_4"] > 0.99
+
+
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program, and there is no 'java' on the path")
 def test_known_meteor() -> None:
     scores = score_captions(HYPOTHESES, REFERENCES, meteor="auto")

@@ -191,3 +191,14 @@ def test_captions_over_the_limit_are_counted(folder: Path, method: str) -> None:
     limit = 16  # of the small language models
     rows[2] = replace(rows[2], captions=(" ".join(["cat"] * (limit - 2)),))
     assert stage.collate(rows, 0, 0).cut_B.tolist() == [True, False, False]
+
+
+def test_captions_over_what_bos_and_prompt_leave_are_counted(folder: Path) -> None:
+    config = recipe("blip2_stage2", folder)
+    changes = {"max_length_of": "text", "prompt": "a photo of"}
+    stage = build(config.model_copy(update={"language": config.language.model_copy(update=changes)}))
+    rows = samples(stage, 2)
+    for i, words in enumerate((16 - 4 - 1, 16 - 4)):  # BOS and three words of prompt, then the end token
+        rows[i] = replace(rows[i], captions=(" ".join(["cat"] * words),))
+    batch = stage.collate(rows, 0, 0)
+    assert batch.cut_B.tolist() == [False, True] and batch.ids_BT.shape == (2, 16)

@@ -146,3 +146,37 @@ def test_stage_2_is_conditional_generation(folder: Path, family: str, attention:
     assert float(difference) <= 1e-5
     assert float((prefix - theirs.get_image_features(pixels()).pooler_output).abs().max()) <= 1e-5
     assert float((prefix[0] - prefix[1]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_stage_2_with_t5_is_conditional_generation(folder: Path, attention: str) -> None:
+    where = folder / f"t5-{attention}"
+    theirs = write_stage2(where, "t5", eps=1e-5)
+    for name, parameter in theirs.language_model.named_parameters():
+        if "wi_0" in name:
+            parameter.data *= 12.0  # the exact GELU and that by tanh differ on numbers that are not small
+    theirs.save_pretrained(where)
+    theirs.set_attn_implementation(attention)
+    import_hf(where, where.with_name(f"{where.name}-in"))
+    module: Any = load_artefact(where.with_name(f"{where.name}-in")).stage.module
+    language = module.language
+    texts, prefixes = ["cat", "dogs and a very large tree", "house on a tree"], ["a red", "", "two small birds by the"]
+    ids, mask, labels, prefix_ids, prefix_mask = language.caption_tokens(texts, "a photo of", prefixes)
+    soft = module.soft_prompt(module.encode_images(pixels()))
+    assert len(set(mask.sum(1).tolist())) == 3 and len(set(prefix_mask.sum(1).tolist())) > 1  # padding on both sides
+
+    image = torch.full((3, QUERIES), theirs.config.image_token_index)
+    wanted = theirs(
+        pixel_values=pixels(),
+        input_ids=torch.cat([image, prefix_ids], 1),
+        attention_mask=torch.cat([torch.ones_like(image), prefix_mask], 1),
+        labels=labels,
+    )
+    total, tokens = language.loss(soft, ids, mask, labels, prefix_ids, prefix_mask)
+    assert float(total / tokens) == pytest.approx(float(wanted.loss), abs=1e-5)
+    inputs, seen = language._encoder_inputs(soft, prefix_ids, prefix_mask)
+    found = language.logits(language._hidden(inputs, seen, ids, mask))
+    counted = labels != -100
+    assert float((found - wanted.logits)[counted].abs().max()) <= 1e-5
+    assert float((soft[0] - soft[1]).abs().max()) > 0.1 and float(found[counted].std()) > 0.1

@@ -117,6 +117,41 @@ def test_keep_end_decides_what_a_cut_caption_loses(models):
     assert torch.equal(ids_BT[:, :-1], model.caption_tokens(["cat " * 40, "sun"], "")[0][:, :-1])
 
 
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_max_length_of_the_text_cuts_where_laviss_tokenizer_cuts(models, prompt):
+    """LAVIS has the tokenizer cut prompt, caption and newline, behind the BOS that it puts there."""
+    model = models["opt"]
+    config = model.config.model_copy(update={"max_length_of": "text", "prompt": prompt})
+    text = LanguageModel(model.model, model.tokenizer, config)
+    captions = [" ".join(["cat", "dog", "sun"][i % 3] for i in range(n)) for n in range(1, 20)]
+    ids_BT, mask_BT, labels_BT = text.caption_tokens(captions)
+    wanted = [
+        model.tokenizer(f"{prompt} {caption}\n".strip(" "), truncation=True, max_length=16)["input_ids"]
+        for caption in captions
+    ]
+    assert [row[keep.bool()].tolist() for row, keep in zip(ids_BT, mask_BT, strict=True)] == wanted
+    assert len({len(row) for row in wanted}) > 3 and ids_BT.shape[1] == 16
+    head = len(text._prompt_ids(prompt)) if prompt else 0
+    assert (labels_BT[:, :head] == -100).all() and (labels_BT[:, head] != -100).all()
+    whole, _, _ = LanguageModel(
+        model.model, model.tokenizer, config.model_copy(update={"max_length_of": "caption"})
+    ).caption_tokens(captions)
+    assert whole.shape[1] == 16 + len(text._prompt_ids(prompt)), "by default BOS and prompt do not count"
+    assert [len(text.caption_ids(caption)) > text.room() for caption in captions] == [
+        row[-1] != text.end_id for row in wanted
+    ]
+    kept = LanguageModel(model.model, model.tokenizer, config.model_copy(update={"keep_end": True}))
+    assert (kept.caption_tokens(captions)[0][-1, -1] == text.end_id) and kept.caption_tokens(captions)[0].shape[1] == 16
+
+
+def test_a_prompt_that_leaves_no_room_for_a_caption_is_refused(models):
+    model = models["opt"]
+    config = model.config.model_copy(update={"max_length_of": "text", "prompt": "a photo of " * 5})
+    with pytest.raises(ConfigError, match=r"max_length 16 counts the text, and the prompt alone takes 16"):
+        LanguageModel(model.model, model.tokenizer, config)
+    LanguageModel(model.model, model.tokenizer, config.model_copy(update={"max_length_of": "caption"}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
 def test_groups_of_rows_equal_one_call(models, family, prompt, monkeypatch):
@@ -217,7 +252,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(models, family):
     for _ in range(5):
         inputs = torch.cat([x, model.embed(torch.tensor([ids]))], 1)
         following = int(model.model(inputs_embeds=inputs).logits[0, -1].argmax())
-        if following in model._stop_ids():
+        if following == model.end_id:
             break
         ids.append(following)
     expected = model.tokenizer.decode(ids[len(model._prompt_ids("a photo of")) :], skip_special_tokens=True).strip()

@@ -52,6 +52,19 @@ def test_both_sides_end_with_the_end_token_and_padding_takes_no_loss(model) -> N
     assert model.tokenizer.decode(prompted[1][:-1]).startswith("a photo of two small")
 
 
+def test_max_length_of_the_text_counts_what_is_counted_anyway(config, model) -> None:
+    """Each side is counted whole, prompt and ``</s>`` included, as LAVIS's tokenizer does."""
+    long = ["cat " * 40, "sun"]
+    found = []
+    for counted in ("caption", "text"):
+        changed = config.model_copy(update={"max_length_of": counted, "prompt": "a photo of"})
+        found.append(Seq2SeqLanguageModel(model.model, model.tokenizer, changed).caption_tokens(long, prefixes=long))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].shape[1] == found[0][3].shape[1] == 16
+    cut = model.tokenizer(f"a photo of {long[0].strip()}", truncation=True, max_length=16)["input_ids"]
+    assert found[0][3][0].tolist() == cut
+
+
 def test_what_is_cut_keeps_or_loses_its_end_as_configured(config, model) -> None:
     long = ["cat " * 40, "sun"]
     for keep, last in ((None, True), (True, True), (False, False)):

@@ -84,7 +84,7 @@ def finish(
     *,
     language: Mapping[str, Tensor] | None = None,
     names: Mapping[str, str] | None = None,
-) -> tuple[int, int]:
+) -> Any:
     """Builds the imported model from the bases below ``folder``, loads it, and writes the model folder.
 
     Args:
@@ -97,7 +97,7 @@ def finish(
         names: the checkpoint's name -> ours, for messages.
 
     Returns:
-        (number of trainable tensors, of parameters).
+        the model, a :class:`isthmus.contracts.StageModule`, on the CPU in eval mode.
 
     Raises:
         WeightsError: tensors missing, left over, or of another shape.
@@ -119,7 +119,7 @@ def finish(
         _arrived(language, module.language.model)
     bases = [_relative(base, folder) for base in stage.bases]
     save_artefact(folder, owned_state(module), recipe, stage, lineage, bases=bases)
-    return len(state), sum(tensor.numel() for tensor in state.values())
+    return module.eval()
 
 
 def _same_names(given: set[str], wanted: set[str], names: Mapping[str, str]) -> None:

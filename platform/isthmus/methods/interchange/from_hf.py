@@ -15,6 +15,7 @@ from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.artefact import BASES_FOLDER, LINEAGE, RECIPE
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config, LossWeights
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
+from isthmus.methods.interchange.epsilon import epsilon_difference
 from isthmus.methods.interchange.folder import (
     LANGUAGE_FOLDER,
     TEXT,
@@ -92,14 +93,15 @@ def import_hf(source: str | Path, out: str | Path, *, name: str | None = None) -
             "imported": {"from": "hf", "path": str(folder.absolute()), "digest": digest(state)},
             "origin": origin,
         }
-        tensors, parameters = finish(
-            scratch, name or Path(out).name, method, mapped, lineage, language=language or None
-        )
+        module = finish(scratch, name or Path(out).name, method, mapped, lineage, language=language or None)
+        if language:
+            _check_ends(folder, config, module.language.end_id)
+        _note_epsilon(module, float(_section(config, "vision_config")["layer_norm_eps"]), notes)
     for note in notes:
         log.warning("%s", note)
     parts = Path(out).absolute() / BASES_FOLDER
     return Import(
-        str(out), method.name, tensors, parameters, str(parts / VISION),
+        str(out), method.name, len(mapped), sum(t.numel() for t in mapped.values()), str(parts / VISION),
         str(parts / LANGUAGE_FOLDER) if language else None, None if language else str(parts / TEXT), tuple(notes),
     )  # fmt: skip
 
@@ -158,6 +160,38 @@ def _stage2(
         update["t5_activation"] = "checkpoint"  # its config.json says exactly which one BLIP-2 was trained with
     section = base.language.model_copy(update=update)
     return base.model_copy(update={"vision": vision, "qformer": _kept(qformer, base.qformer), "language": section})
+
+
+def _check_ends(folder: Path, config: Mapping[str, Any], end_id: int) -> None:
+    """The tokens at which the checkpoint's captions end, against the one at which the imported model's do.
+
+    Raises:
+        ConfigError: they differ, in the text configuration or in the generation configuration.
+    """
+    file = folder / "generation_config.json"
+    stored = {
+        "text_config of config.json": _section(config, "text_config").get("eos_token_id"),
+        file.name: read_json(file).get("eos_token_id") if file.is_file() else None,
+    }
+    for place, ends in stored.items():
+        found: set[Any] = set(ends) if isinstance(ends, list) else {ends} - {None}
+        if found and found != {end_id}:
+            raise ConfigError(
+                f"The checkpoint's captions end at {sorted(found)} (eos_token_id in {place}), and here captions of "
+                f"this language model end at {end_id}: OPT's at the newline, others' at the tokenizer's eos_token.",
+                f"If they should end at {end_id}, set eos_token_id to it in {place}; if not, change the tokenizer's "
+                "eos_token (OPT's end cannot be changed).",
+            )
+
+
+def _note_epsilon(module: Any, theirs: float, notes: list[str]) -> None:
+    """Notes what it does to the queries that ln_vision has one epsilon here and another in transformers."""
+    difference = epsilon_difference(module, theirs)
+    if difference is not None:
+        notes.append(
+            f"ln_vision has the epsilon {module.ln_vision.eps:g} here, as in LAVIS, and {theirs:g} in the checkpoint; "
+            f"the queries' outputs differ by {difference:.1e} (root mean square, two images of noise)."
+        )
 
 
 def _kept(qformer: QFormerConfig, recorded: QFormerConfig | None) -> QFormerConfig:

@@ -80,7 +80,7 @@ def import_lavis_checkpoint(
         else:
             method = Blip2Stage1Config(vision=section, qformer=qformer, text=_text(mapped, text))
         lineage = {"imported": {"from": "lavis", "path": str(file.absolute()), "digest": digest(whole)}}
-        tensors, parameters = finish(
+        finish(
             scratch,
             name or Path(out).name,
             method,
@@ -93,8 +93,8 @@ def import_lavis_checkpoint(
         log.warning("%s", note)
     named = None if isinstance(method, Blip2Stage2Config) else method.text.weights  # type: ignore[union-attr]
     return Import(
-        str(out), method.name, tensors, parameters, str(Path(out).absolute() / BASES_FOLDER / VISION), language, named,
-        tuple(notes),
+        str(out), method.name, len(mapped), sum(t.numel() for t in mapped.values()),
+        str(Path(out).absolute() / BASES_FOLDER / VISION), language, named, tuple(notes),
     )  # fmt: skip
 
 

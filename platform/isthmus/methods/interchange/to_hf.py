@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.compat import ensure_torchvision
 from isthmus.data.transforms import ImageTransform
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.artefact import LINEAGE, RECIPE, Artefact, load_artefact
+from isthmus.methods.interchange.epsilon import noise, query_outputs
 from isthmus.methods.interchange.folder import fresh_folder
 from isthmus.models.attention import ImageTokens
 from isthmus.models.freezing import owned_state
@@ -107,6 +108,8 @@ def export_hf(model: str | Path, out: str | Path, *, check: bool = True, toleran
     config = _config(module, kind, tower, image_token)
     with fresh_folder(out) as scratch:
         config.save_pretrained(scratch)
+        if kind == "blip2_stage2":
+            module.language.model.generation_config.save_pretrained(scratch)
         write_folder(state, scratch)
         _processor(artefact.stage.transform, tokenizer, kind, shape.queries).save_pretrained(scratch)
         if homeless:
@@ -167,10 +170,9 @@ def _query_difference(module: Any, tower: Tower, tolerance: float) -> float:
     norm: nn.LayerNorm = module.ln_vision
     closing = {"post_layernorm.weight": norm.weight, "post_layernorm.bias": norm.bias}
     theirs.load_state_dict({**tower.state, **closing}, strict=True)
-    size = tower.config["image_size"]
-    pixels_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    ours = _queries(module, module.ln_vision(module.encode_images(pixels_BCHW), module.qformer.queries.dtype))
-    other = _queries(module, ImageTokens(theirs(pixel_values=pixels_BCHW).last_hidden_state))
+    pixels_BCHW = noise(tower.config["image_size"])
+    ours = query_outputs(module, module.ln_vision(module.encode_images(pixels_BCHW), module.qformer.queries.dtype))
+    other = query_outputs(module, ImageTokens(theirs(pixel_values=pixels_BCHW).last_hidden_state))
     difference = float((ours - other).pow(2).mean().sqrt())
     if not difference <= tolerance:  # also where it is no number
         raise ConfigError(
@@ -180,10 +182,6 @@ def _query_difference(module: Any, tower: Tower, tolerance: float) -> float:
             f"An encoder with trained weights does not show it; --tolerance {difference * 1.5:.1g} accepts it.",
         )
     return difference
-
-
-def _queries(module: Any, image: ImageTokens) -> Tensor:
-    return module.qformer(module.qformer.remember(image)).queries_BQM
 
 
 # --- tokenizer, processor, configuration -----------------------------------------------------------------------------
@@ -201,9 +199,8 @@ def _tokenizer(module: Any, kind: Kind) -> tuple[Any, int | None]:
     generation = language.model.generation_config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(generation.pad_token_id)
-    stops = generation.eos_token_id
-    keep = {generation.pad_token_id, getattr(language, "bos_id", None), tokenizer.unk_token_id}
-    keep |= set(stops) if isinstance(stops, list) else {stops}
+    keep = {generation.pad_token_id, generation.eos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    keep.add(getattr(language, "bos_id", None))
     rows = language.model.get_input_embeddings().num_embeddings
     image = place_image_token(tokenizer, rows, keep)
     # Behind the soft prompt a decoder continues the text's last token; an encoder reads whatever side is padded.
