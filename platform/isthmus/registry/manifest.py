@@ -33,7 +33,11 @@ its content is compared by digest."""
 
 MAY_GROW = "train.steps"
 
-CAME_LATER = {"method.language.max_length_of": "caption"}
+CAME_LATER = {
+    "method.language.max_length_of": "caption",
+    "method.qformer.init_segment": "fold",
+    "train.gradient_checkpointing": False,
+}
 """Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
 not count in a run's digest, so that a run which had finished before still has."""
 
