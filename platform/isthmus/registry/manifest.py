@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -40,6 +41,19 @@ CAME_LATER = {
 }
 """Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
 not count in a run's digest, so that a run which had finished before still has."""
+
+
+def with_later_fields(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the fields that it lacks because they came later, at the values that it worked with."""
+    out = copy.deepcopy(recipe)
+    for field, value in CAME_LATER.items():
+        *sections, key = field.split(".")
+        place: Any = out
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.setdefault(key, value)
+    return out
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

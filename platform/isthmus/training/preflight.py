@@ -213,15 +213,16 @@ def _check_same_run(plan: Plan) -> None:
 
 
 def _read_stored(url: str) -> RunConfig:
+    import yaml
+
     from isthmus.methods import method_configs
 
     try:
-        if storage.is_local(url):
-            return load_run(storage.local_path(url), methods=method_configs())
-        import yaml
-
-        return load_run(None, methods=method_configs(), values=yaml.safe_load(storage.read_bytes(url)))
-    except ConfigError as error:
+        stored = yaml.safe_load(storage.read_bytes(url))
+        values = manifest.with_later_fields(stored) if isinstance(stored, dict) else {}
+        return load_run(None, methods=method_configs(), values=values)
+    except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = error.problem if isinstance(error, ConfigError) else str(error).splitlines()[0]
         raise ConfigError(
-            f"The stored recipe {url} cannot be read: {error.problem}", "Give this run another name."
+            f"The stored recipe {url} cannot be read: {problem}", "Give this run another name."
         ) from error
