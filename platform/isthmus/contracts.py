@@ -51,7 +51,7 @@ class Batch:
         prefix_ids_BT, prefix_mask_BT: encoder-side prefix of prefix language modelling.
         texts: the captions as chosen for this epoch, for logging and checks.
         cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
-        image_ids_B: int64; rows of one image have the same.
+        image_ids_B: int64; rows of one image have the same. None: every sample is an image of its own.
     """
 
     sample_ids_B: Tensor

@@ -190,7 +190,7 @@ class Blip2Stage1(SeeingModule):
             self.comm,
             smoothing=self.config.label_smoothing,
             full_gradient=self.config.itc_gather == "full",
-            image_ids_B=batch.image_ids_B if self.config.itc_same_image else None,
+            image_ids_B=_image_ids(batch) if self.config.itc_same_image else None,
         )
 
     def _match(self, memory: ImageMemory, itc: Contrast, batch: Batch) -> Match:
@@ -326,6 +326,10 @@ class Blip2Stage1(SeeingModule):
     def _tokenise(self, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
         ids_BT, mask_BT = tokenise(self.tokenizer, texts, max_length or self.config.text.max_length)
         return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
+
+
+def _image_ids(batch: Batch) -> Tensor:
+    return batch.sample_ids_B if batch.image_ids_B is None else batch.image_ids_B
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
