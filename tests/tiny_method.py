@@ -24,6 +24,7 @@ SIDE = 8
 class TinyConfig(MethodConfig):
     name: str = "tiny"
     width: int = 6
+    dropout: float = 0.1
     die_at: int = -1  # step at which rank 1 is killed, once
     nan_at: int = -1  # step at which the loss is no number
     break_at: int = -1  # step at which every rank loses its peers, once
@@ -41,7 +42,7 @@ class TinyModule(StageModule):
             parameter.requires_grad_(False)
         self.frozen.base = Base("vision", "random", "0" * 64)
         self.hidden = nn.Linear(32, config.width)
-        self.drop = nn.Dropout(0.1)
+        self.drop = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.width, 2)
         self.temperature = nn.Parameter(torch.tensor([0.5]))
 
@@ -99,7 +100,7 @@ def build(config: TinyConfig, context: BuildContext) -> Stage:
 
 
 def frozen_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics; not from ``state_dict``, which training narrows to what is trained."""
+    """Parameters and running statistics."""
     everything = [*module.named_parameters(), *module.named_buffers()]
     return {name: value.detach() for name, value in everything if name.startswith("frozen")}
 

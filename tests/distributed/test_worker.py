@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 
 STEPS = 9
+STAGES = (0, 1, 2, 3)
 STILL = {"steps": 3, "global_batch": 8, "lr": 1e-2, "frozen": ("hidden.*",)}
 
 
@@ -35,8 +37,9 @@ class Kept:
         self.events.append(event)
 
 
-def recipe(root: str, name: str, *, stage: int = 2, **method: Any) -> RunConfig:
-    return tiny.recipe(root, name, method=method, zero={"stage": stage})
+def recipe(root: str, name: str, *, stage: int = 2, workers: int = 2, **method: Any) -> RunConfig:
+    train = {"precision": "fp32"}  # bf16 rounds otherwise for other numbers of rows
+    return tiny.recipe(root, name, method=method, train=train, zero={"stage": stage}, cluster={"workers": workers})
 
 
 def convolutional(root: str, stage: int, max_length: int = 32) -> RunConfig:
@@ -69,12 +72,41 @@ def scenarios(root: str) -> dict[str, Any]:
     out = {f"zero{stage}": run_one(recipe(root, f"zero{stage}", stage=stage)) for stage in (0, 1, 2, 3)}
     broken = recipe(root, "broken", break_at=7)
     out["broken"], out["mended"] = run_one(broken), run_one(broken)
+    for stage in STAGES:  # left after six steps by two ranks under one ZeRO stage, taken up under every other
+        run_one(recipe(root, f"left{stage}", stage=stage, break_at=7, dropout=0.0))
+    for before in STAGES:
+        for after in STAGES:
+            if torch.distributed.get_rank() == 0:
+                shutil.copytree(f"{root}/runs/left{before}", f"{root}/runs/moved{before}{after}")
+            torch.distributed.barrier()
+            out[f"moved{before}{after}"] = run_one(recipe(root, f"moved{before}{after}", stage=after, dropout=0.0))
+    out["calm"] = run_one(recipe(root, "calm", dropout=0.0))
     out["again"] = run_one(recipe(root, "zero2"))
     out |= {f"cnn{stage}": run_one(convolutional(root, stage)) for stage in (2, 3)}
     out["cut"] = run_one(convolutional(root, 2, max_length=3))
     out["still"] = run_one(tiny.recipe(root, "still", train=STILL))
     out["nan"] = run_one(recipe(root, "nan", nan_at=4))
     return out
+
+
+def alone(root: str) -> dict[str, Any]:
+    """On one rank: goes on from what two ranks left, and leaves something to two."""
+    out = {}
+    for stage in (0, 2, 3):
+        shutil.copytree(f"{root}/runs/left{stage}", f"{root}/runs/fewer{stage}")
+        out[f"fewer{stage}"] = run_one(recipe(root, f"fewer{stage}", stage=stage, workers=1, dropout=0.0))
+        run_one(recipe(root, f"more{stage}", stage=stage, workers=1, break_at=7, dropout=0.0))
+    return out
+
+
+def together(root: str) -> dict[str, Any]:
+    return {f"more{stage}": run_one(recipe(root, f"more{stage}", stage=stage, dropout=0.0)) for stage in (0, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def resized(made) -> dict[str, Any]:
+    root, _ = made
+    return run_ranks(alone, 1, str(root))[0] | run_ranks(together, 2, str(root), timeout_s=120)[0]
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +165,15 @@ def test_parts_frozen_by_glob_stay_and_are_saved(made) -> None:
     assert ["hidden.weight", "frozen", "192"] in [line.split() for line in event["table"].splitlines()]
 
 
-def test_checkpoints_hold_trainable_tensors_only(made) -> None:
+def test_checkpoints_hold_the_trained_tensors_once(made) -> None:
     root, _ = made
-    files = sorted((root / "runs" / "zero2" / "checkpoints").rglob("*model_states.pt"))
-    assert len(files) == 2, "train.keep_checkpoints is 2"
-    for file in files:
-        state = torch.load(file, weights_only=False)
-        assert set(state["module"]) == {"hidden.weight", "hidden.bias", "out.weight", "out.bias", "temperature"}
+    folders = sorted((root / "runs" / "zero2" / "checkpoints").iterdir())
+    assert len(folders) == 2, "train.keep_checkpoints is 2"
+    trained = {"hidden.weight", "hidden.bias", "out.weight", "out.bias", "temperature"}
+    for folder in folders:
+        shares = [set(load_file(file)) for file in sorted(folder.rglob("training-*.safetensors"))]
+        assert len(shares) == 2 and not shares[0] & shares[1], "every rank writes a share of its own"
+        assert shares[0] | shares[1] == {f"{k}/{n}" for k in ("parameter", "exp_avg", "exp_avg_sq") for n in trained}
 
 
 def test_a_broken_run_resumes_to_the_undisturbed_result(made) -> None:
@@ -150,6 +184,30 @@ def test_a_broken_run_resumes_to_the_undisturbed_result(made) -> None:
     assert losses(first["mended"])[STEPS] == losses(first["zero2"])[STEPS]
     for name, value in weights(root, "zero2").items():
         assert torch.equal(weights(root, "broken")[name], value), name
+
+
+@pytest.mark.parametrize("after", STAGES)
+@pytest.mark.parametrize("before", STAGES)
+def test_any_zero_stage_goes_on_from_any_other(before: int, after: int, made) -> None:
+    root, (first, _) = made
+    found = first[f"moved{before}{after}"]
+    assert found["fault"] is None
+    assert [e["step"] for e in found["events"] if e["kind"] == "resumed"] == [6]
+    assert losses(found)[STEPS] == pytest.approx(losses(first["calm"])[STEPS], abs=2e-6)
+    for name, value in weights(root, f"moved{before}{after}").items():
+        torch.testing.assert_close(value, weights(root, "calm")[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_any_number_of_workers_goes_on(stage: int, change: str, made, resized) -> None:
+    root, (first, _) = made
+    found = resized[f"{change}{stage}"]
+    assert found["fault"] is None
+    assert [e["step"] for e in found["events"] if e["kind"] == "resumed"] == [6]
+    assert losses(found)[STEPS] == pytest.approx(losses(first["calm"])[STEPS], abs=1e-5)
+    for name, value in weights(root, f"{change}{stage}").items():
+        torch.testing.assert_close(value, weights(root, "calm")[name], rtol=0, atol=1e-5)
 
 
 def test_a_run_at_its_end_only_exports(made) -> None:

@@ -1,9 +1,10 @@
 """Checkpoints that are whole or do not count.
 
-One folder per checkpoint, ``checkpoints/step-00000200-a1``: every rank's DeepSpeed state (trainable parameters and
-optimizer, never frozen ones), every rank's random-number state, and last of all ``manifest.json`` with the sizes and
-sha256 of the rest. A folder without a manifest, or one whose files do not match it, is passed over with the reason. The
-attempt's number is in the name, so a restart never writes into what an earlier try left behind.
+One folder per checkpoint, ``checkpoints/step-00000200-a1``: every rank's share of the training state (trained
+parameters and AdamW's moments by name, never frozen ones), every rank's random-number state, and last of all
+``manifest.json`` with the sizes and sha256 of the rest. A folder without a manifest, or one whose files do not match
+it, is passed over with the reason. The attempt's number is in the name, so a restart never writes into what an earlier
+try left behind.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from isthmus import storage
 from isthmus.errors import StorageError
 from isthmus.training.comm import TorchComm
+from isthmus.training.state import gather_state
 
 MANIFEST = "manifest.json"
 _TAG = "state"
@@ -41,7 +45,7 @@ class Checkpoint:
         url: its folder.
         step: optimizer steps done when it was written.
         attempt: which try of the run wrote it.
-        world_size, zero_stage: of the group that wrote it.
+        world_size, zero_stage: of the group that wrote it; another may go on from it.
         files: path inside the folder -> (bytes, sha256).
     """
 
@@ -65,11 +69,10 @@ def save(engine: Any, root: str, step: int, *, attempt: int, zero_stage: int, co
     """
     url = storage.join(root, f"step-{step:08d}-a{attempt}")
     with _staging(url, comm.rank) as staging:
-        engine.save_checkpoint(
-            str(staging), tag=_TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
-        )
-        (staging / "zero_to_fp32.py").unlink(missing_ok=True)
-        _write_random_state(staging / _TAG / f"random-{comm.rank:05d}.pt")
+        share = gather_state(engine, stage=zero_stage, rank=comm.rank, world=comm.world_size)
+        (staging / _TAG).mkdir(parents=True)
+        save_file(share, staging / _TAG / f"training-{comm.rank:05d}.safetensors")
+        save_file(random_state(), staging / _TAG / f"random-{comm.rank:05d}.safetensors")
         mine = {}
         for file in sorted(p for p in staging.rglob("*") if p.is_file()):
             name = file.relative_to(staging).as_posix()
@@ -98,16 +101,42 @@ def last_attempt(root: str) -> int:
     return max((_key(url)[1] for url, _ in _folders(root)), default=0)
 
 
-def load(engine: Any, found: Checkpoint, comm: TorchComm) -> int:
-    """Restore parameters, optimizer and this rank's random-number state; collective. Returns the steps done."""
-    with _local_copy(found, comm.rank) as folder:
-        path, client = engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if path is None or client.get("step") != found.step:
-            raise StorageError(f"The checkpoint {found.url} cannot be read back by DeepSpeed.", "Delete that folder.")
-        _read_random_state(folder / _TAG / f"random-{comm.rank:05d}.pt")
-    return found.step
+class Restored:
+    """A checkpoint's tensors, read by name when they are asked for.
+
+    Use as a context: for remote storage the files lie in a temporary folder meanwhile.
+    """
+
+    def __init__(self, found: Checkpoint, rank: int) -> None:
+        self.found, self.rank = found, rank
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Restored:
+        folder = self._stack.enter_context(_local_copy(self.found, self.rank)) / _TAG
+        for file in sorted(folder.glob("training-*.safetensors")):
+            opened = self._stack.enter_context(safe_open(file, "pt"))
+            self._files |= dict.fromkeys(opened.keys(), opened)
+        self._random = folder / f"random-{self.rank:05d}.safetensors"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor called ``name``."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def set_random_state(self) -> None:
+        """This rank's random-number state. A rank that the writing group did not have keeps its own: the order of
+        samples and the negatives do not depend on it, dropout does."""
+        if self._random.exists():
+            set_random_state(load_file(self._random))
 
 
 def prune(root: str, keep: int) -> None:
@@ -208,7 +237,7 @@ def _local_copy(found: Checkpoint, rank: int) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-resume-") as temporary:
         for name in found.files:
-            if name.startswith(f"{_TAG}/random-") and name != f"{_TAG}/random-{rank:05d}.pt":
+            if name.startswith(f"{_TAG}/random-") and name != f"{_TAG}/random-{rank:05d}.safetensors":
                 continue
             target = Path(temporary) / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -217,26 +246,37 @@ def _local_copy(found: Checkpoint, rank: int) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _write_random_state(file: Path) -> None:
+def random_state() -> dict[str, torch.Tensor]:
+    """The process's random-number state as tensors."""
+    numbers: Any = np.random.get_state()
+    assert numbers[0] == "MT19937"
+    _, keys, position, has_gauss, gauss = numbers
+    version, words, held = random.getstate()
+    assert version == 3
     state = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
+        "numpy.keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy.place": torch.tensor([position, has_gauss]),
+        "numpy.gauss": torch.tensor([gauss], dtype=torch.float64),
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.gauss": torch.tensor([] if held is None else [held], dtype=torch.float64),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, file)
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": device for i, device in enumerate(torch.cuda.get_rng_state_all())}
+    return state
 
 
-def _read_random_state(file: Path) -> None:
-    if not file.exists():
-        return  # another world size: the ranks' streams are new ones, the sample order is not theirs to decide
-    state = torch.load(file, weights_only=False)  # written by this run and verified by its sha256
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """What :func:`random_state` gave, in force again."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    devices = [state[name] for name in sorted((n for n in state if n.startswith("cuda.")), key=lambda n: int(n[5:]))]
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
+    position, has_gauss = state["numpy.place"].tolist()
+    keys = state["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy.gauss"][0])))
+    held = state["python.gauss"].tolist()
+    random.setstate((3, tuple(state["python.words"].tolist()), held[0] if held else None))
 
 
 def _sha256(file: Path) -> str:

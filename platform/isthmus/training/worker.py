@@ -25,6 +25,7 @@ from isthmus.models.freezing import freeze, verdict_table
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
+from isthmus.training.state import check_names, load_moments, load_parameters
 from isthmus.training.zero import (
     build_engine,
     gather_owned,
@@ -203,8 +204,7 @@ class Worker:
             self._note("verdict", table=verdict_table(self.stage.module))
             known = self.stage.references(self.train_config.global_batch)
             self._note("references", references={f"loss_{k}": asdict(v) for k, v in known.items()})
-        self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
-        start = self._resume()
+        start = self._start()
         self.window = _Window()
         for step, (batch, waited_s) in enumerate(self._batches(start), start=start):
             if step == start:
@@ -233,7 +233,8 @@ class Worker:
         torch.manual_seed(seed * 1_000_003 + self.comm.rank)
         return stage
 
-    def _resume(self) -> int:
+    def _start(self) -> int:
+        """Build the engine, from the newest whole checkpoint where there is one. Returns the steps done."""
         found, self.attempt = None, 1
         if self.first:
             found, skipped = checkpoint.newest(self.job.checkpoints)
@@ -242,17 +243,17 @@ class Worker:
                 self._note("skipped", reason=reason)
         found, self.attempt = self.comm.broadcast((found, self.attempt))
         if found is None:
+            self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
             return 0
-        if found.world_size != self.comm.world_size or found.zero_stage != self.run.zero.stage:
-            raise TrainingError(
-                f"The checkpoint {found.url} was written by {found.world_size} workers with ZeRO {found.zero_stage}; "
-                f"this run has {self.comm.world_size} with ZeRO {self.run.zero.stage}.",
-                f"Resume with cluster.workers={found.world_size} zero.stage={found.zero_stage}, or name a new run.",
-            )
-        step = checkpoint.load(self.engine, found, self.comm)
+        with checkpoint.Restored(found, self.comm.rank) as restored:
+            check_names(restored.names(), self.stage.module, found.url)
+            load_parameters(self.stage.module, restored.read)
+            self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
+            load_moments(self.engine, restored.read, stage=self.run.zero.stage, steps=found.step)
+            restored.set_random_state()
         if self.first:
-            self._note("resumed", step=step, url=found.url)
-        return step
+            self._note("resumed", step=found.step, url=found.url)
+        return int(found.step)
 
     def _batches(self, start: int) -> Iterator[tuple[Batch, float]]:
         """This rank's batches and the seconds that each was waited for."""

@@ -71,7 +71,6 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
     if not cuda:
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on the first start; gloo serves as well
     _rebind_forward(module, device.type if precision == "bf16" else None)
-    module.register_state_dict_post_hook(_keep_trainable)
     optimizer = torch.optim.AdamW(
         parameter_groups(module, run.train.weight_decay, run.train.lr_scale),
         lr=run.train.lr,
@@ -181,10 +180,3 @@ def trained_norm(module: nn.Module, *, stage: int) -> float:
 
 def _gathered(parameter: nn.Parameter, stage: int) -> Any:
     return load_deepspeed().zero.GatheredParameters([parameter], enabled=stage == 3)
-
-
-def _keep_trainable(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Frozen parameters and buffers come back from the pinned bases, so no checkpoint carries them."""
-    trainable = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for name in [name for name in state if name.startswith(prefix) and name not in trainable]:
-        del state[name]

@@ -1,36 +1,34 @@
-"""Only whole checkpoints count. The engine here writes plain files; DeepSpeed's own are tested under Ray."""
+"""Only whole checkpoints count. The engine here is a module and its AdamW; DeepSpeed's own are in tests/distributed."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from isthmus.errors import StorageError
 from isthmus.training import checkpoint
+from isthmus.training.state import check_names, load_moments, load_parameters
 
 
 class Engine:
-    """Keeps one number."""
+    """A layer after one step of AdamW, as DeepSpeed's stage 0 holds it."""
 
     def __init__(self, value: float = 0.0) -> None:
-        self.value = value
+        self.module = torch.nn.Linear(2, 1)
+        torch.nn.init.constant_(self.module.weight, value)
+        self.module.bias.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW([self.module.weight], lr=0.1)
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict, **options: Any) -> None:
-        assert options == {"save_latest": False, "exclude_frozen_parameters": True}
-        (Path(folder) / tag).mkdir()
-        torch.save({"value": self.value, **client_state}, Path(folder) / tag / "part.pt")
-
-    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str | None, dict]:
-        file = Path(folder) / tag / "part.pt"
-        if not file.exists():
-            return None, {}  # as DeepSpeed does
-        state = torch.load(file)
-        self.value = state.pop("value")
-        return str(file), state
+    def step(self) -> None:
+        self.module(torch.tensor([[1.0, 2.0]])).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Alone:
@@ -44,22 +42,59 @@ class Alone:
 
 
 def save(root: Path, step: int, attempt: int = 1, value: float = 0.0) -> Path:
-    return Path(checkpoint.save(Engine(value), str(root), step, attempt=attempt, zero_stage=2, comm=Alone()))
+    engine = Engine(value)
+    engine.step()
+    return Path(checkpoint.save(engine, str(root), step, attempt=attempt, zero_stage=0, comm=Alone()))
 
 
-def test_the_newest_is_found_with_its_state_and_random_numbers(tmp_path: Path) -> None:
-    torch.manual_seed(3)
+def test_the_newest_is_found_and_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     save(tmp_path, 10, value=1.0)
     save(tmp_path, 20, value=2.0)
-    expected = torch.rand(2)
+    whole = Engine(2.0)
+    whole.step(), whole.step()
     found, skipped = checkpoint.newest(str(tmp_path))
     assert found is not None and not skipped
-    assert (found.step, found.attempt, found.world_size, found.zero_stage) == (20, 1, 1, 2)
+    assert (found.step, found.attempt, found.world_size, found.zero_stage) == (20, 1, 1, 0)
     engine = Engine()
-    assert checkpoint.load(engine, found, Alone()) == 20
-    assert engine.value == 2.0
-    assert torch.equal(torch.rand(2), expected)
+    with checkpoint.Restored(found, 0) as restored:
+        assert restored.names() == {"parameter/weight", "exp_avg/weight", "exp_avg_sq/weight"}
+        check_names(restored.names(), engine.module, found.url)
+        load_parameters(engine.module, restored.read)
+        load_moments(engine, restored.read, stage=0, steps=1)
+    engine.step()
+    assert torch.equal(engine.module.weight, whole.module.weight)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "staging folders are gone"
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [torch.rand(2).tolist(), np.random.rand(), np.random.randn(), random.random(), random.gauss(0, 1)]
+
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    draw()  # an odd number of normals: the second of each pair is held back
+    save(tmp_path, 10)
+    expected = draw()
+    found, _ = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    draw()
+    with checkpoint.Restored(found, 0) as restored:
+        restored.set_random_state()
+    assert draw() == expected
+    with checkpoint.Restored(found, 1) as restored:  # of a larger group than the one that wrote it
+        restored.set_random_state()
+    assert draw() != expected
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    found, _ = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    other = torch.nn.Linear(2, 1)
+    with checkpoint.Restored(found, 0) as restored:
+        with pytest.raises(StorageError, match=r"lacks 3 tensors \(\['exp_avg/bias'"):
+            check_names(restored.names(), other, found.url)
+        with pytest.raises(StorageError, match=r"'weight' has shape \(1, 2\), the model's \(1, 3\)"):
+            load_parameters(torch.nn.Linear(3, 1, bias=False), restored.read)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +102,9 @@ def test_the_newest_is_found_with_its_state_and_random_numbers(tmp_path: Path) -
     [
         (lambda c: (c / "manifest.json").unlink(), "no manifest"),
         (lambda c: (c / "manifest.json").write_text(""), "Expecting value"),
-        (lambda c: (c / "state" / "part.pt").unlink(), "has no bytes instead of"),
-        (lambda c: (c / "state" / "part.pt").write_bytes(b"short"), "has 5 bytes instead of"),
-        (lambda c: flip(c / "state" / "part.pt"), "does not match its sha256"),
+        (lambda c: (c / "state" / "training-00000.safetensors").unlink(), "has no bytes instead of"),
+        (lambda c: (c / "state" / "training-00000.safetensors").write_bytes(b"short"), "has 5 bytes instead of"),
+        (lambda c: flip(c / "state" / "training-00000.safetensors"), "does not match its sha256"),
     ],
 )
 def test_a_torn_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, damage: Any, reason: str) -> None:
@@ -115,21 +150,21 @@ def test_a_file_that_the_first_worker_cannot_see_is_refused(tmp_path: Path) -> N
             return [value, {"state/of-another-node.pt": (3, "0" * 64)}]
 
     with pytest.raises(StorageError, match=r"of-another-node\.pt.*not visible"):
-        checkpoint.save(Engine(), str(tmp_path), 10, attempt=1, zero_stage=2, comm=Blind())
+        engine = Engine()
+        engine.step()
+        checkpoint.save(engine, str(tmp_path), 10, attempt=1, zero_stage=0, comm=Blind())
     assert checkpoint.newest(str(tmp_path))[0] is None
-
-
-def test_an_engine_that_reads_nothing_is_an_error(tmp_path: Path) -> None:
-    folder = save(tmp_path, 10)
-    found, _ = checkpoint.newest(str(tmp_path))
-    assert found is not None
-    (folder / "state" / "part.pt").unlink()
-    with pytest.raises(StorageError, match="cannot be read back"):
-        checkpoint.load(Engine(), found, Alone())
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     folder = save(tmp_path, 10)
     facts = json.loads((folder / "manifest.json").read_text())
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert set(facts["files"]) == present == {"state/part.pt", "state/random-00000.pt"}
+    assert (
+        set(facts["files"])
+        == present
+        == {
+            "state/training-00000.safetensors",
+            "state/random-00000.safetensors",
+        }
+    )
