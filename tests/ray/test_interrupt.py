@@ -35,6 +35,7 @@ class Commands:
         return subprocess.Popen(
             [str(ISTHMUS), *words, "--json"], cwd=self.folder, env=self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells hand down "ignored"
         )  # fmt: skip
 
     def run(self, *words: str) -> dict[str, Any]:
