@@ -32,6 +32,9 @@ MAY_CHANGE = (
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
 its content is compared by digest."""
 
+ROUNDING = ("train.gradient_checkpointing", "zero.stage")
+"""Fields that decide how the same sums are made: a run may go on with others."""
+
 MAY_GROW = "train.steps"
 
 CAME_LATER = {
@@ -79,7 +82,11 @@ def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:
     changes = []
     for field in sorted(old.keys() | new.keys()):
         was, now = old.get(field), new.get(field)
-        if was == now or (field == MAY_GROW and isinstance(was, int) and isinstance(now, int) and now > was):
+        if (
+            was == now
+            or field in ROUNDING
+            or (field == MAY_GROW and isinstance(was, int) and isinstance(now, int) and now > was)
+        ):
             continue
         changes.append(f"{field}: was {was!r}, is {now!r}")
     return changes

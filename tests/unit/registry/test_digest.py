@@ -58,3 +58,10 @@ def test_another_value_than_the_old_one_is_another_run() -> None:
     assert changed_fields(run(), run(max_length_of="text")) == [
         "method.language.max_length_of: was 'caption', is 'text'"
     ]
+
+
+def test_a_run_may_go_on_under_another_zero_stage_and_with_other_workers() -> None:
+    before = run()
+    cluster = before.cluster.model_copy(update={"workers": 4})
+    after = before.model_copy(update={"zero": before.zero.model_copy(update={"stage": 3}), "cluster": cluster})
+    assert before.zero.stage != 3 and changed_fields(before, after) == []
