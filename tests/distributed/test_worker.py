@@ -92,7 +92,7 @@ def scenarios(root: str) -> dict[str, Any]:
 def alone(root: str) -> dict[str, Any]:
     """On one rank: goes on from what two ranks left, and leaves something to two."""
     out = {}
-    for stage in (0, 2, 3):
+    for stage in (2, 3):
         shutil.copytree(f"{root}/runs/left{stage}", f"{root}/runs/fewer{stage}")
         out[f"fewer{stage}"] = run_one(recipe(root, f"fewer{stage}", stage=stage, workers=1, dropout=0.0))
         run_one(recipe(root, f"more{stage}", stage=stage, workers=1, break_at=7, dropout=0.0))
@@ -100,13 +100,17 @@ def alone(root: str) -> dict[str, Any]:
 
 
 def together(root: str) -> dict[str, Any]:
-    return {f"more{stage}": run_one(recipe(root, f"more{stage}", stage=stage, dropout=0.0)) for stage in (0, 2, 3)}
+    return {f"more{stage}": run_one(recipe(root, f"more{stage}", stage=stage, dropout=0.0)) for stage in (2, 3)}
 
 
 @pytest.fixture(scope="module")
-def resized(made) -> dict[str, Any]:
-    root, _ = made
-    return run_ranks(alone, 1, str(root))[0] | run_ranks(together, 2, str(root), timeout_s=120)[0]
+def fewer(made) -> dict[str, Any]:
+    return run_ranks(alone, 1, str(made[0]))[0]
+
+
+@pytest.fixture(scope="module")
+def more(made, fewer) -> dict[str, Any]:
+    return run_ranks(together, 2, str(made[0]), timeout_s=120)[0]
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +202,11 @@ def test_any_zero_stage_goes_on_from_any_other(before: int, after: int, made) ->
         torch.testing.assert_close(value, weights(root, "calm")[name], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("change", ["fewer", "more"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_any_number_of_workers_goes_on(stage: int, change: str, made, resized) -> None:
+@pytest.mark.parametrize("change", ["fewer", pytest.param("more", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_any_number_of_workers_goes_on(stage: int, change: str, made, request: pytest.FixtureRequest) -> None:
     root, (first, _) = made
-    found = resized[f"{change}{stage}"]
+    found = request.getfixturevalue(change)[f"{change}{stage}"]
     assert found["fault"] is None
     assert [e["step"] for e in found["events"] if e["kind"] == "resumed"] == [6]
     assert losses(found)[STEPS] == pytest.approx(losses(first["calm"])[STEPS], abs=1e-5)

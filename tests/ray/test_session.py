@@ -41,7 +41,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", ["bulk and service", pytest.param("Ray itself", marks=pytest.mark.slow)])
 def test_it_works_listens_on_loopback_alone_and_ends_with_the_command(case: str, tmp_path: Path) -> None:
     # conftest's own settings must not help it, and a token of its own is made in an empty home
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
