@@ -47,7 +47,7 @@ def test_a_sound_run_gets_a_plan_and_writes_its_recipe(root: str) -> None:
         ({"train": {"lr": 0.5}}, "train.lr: was 0.01, is 0.5"),
         ({"train": {"steps": 8}}, "train.steps: was 9, is 8"),
         ({"method": {"width": 7}}, "method.width: was 6, is 7"),
-        ({"zero": {"stage": 1}}, "zero.stage: was 2, is 1"),
+        ({"train": {"clip_norm": 2.0}}, r"train\.clip_norm: was 1\.0, is 2\.0"),
     ],
 )
 def test_a_run_name_belongs_to_one_recipe(root: str, sections: dict[str, Any], field: str) -> None:
