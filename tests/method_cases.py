@@ -48,6 +48,15 @@ def build(
     return METHODS[config.name].build(config, context)
 
 
+def moved(module: torch.nn.Module) -> None:
+    """Trained weights far from the start, so that nothing about them is special."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+
+
 def run_config(config: MethodConfig) -> RunConfig:
     """A run of the method, as an artefact stores it."""
     return RunConfig.model_validate(

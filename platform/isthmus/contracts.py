@@ -217,7 +217,7 @@ class Stage:
         references: (global batch) -> loss part name -> Reference.
         bases: the frozen pretrained parts that this stage stands on.
         image_spec: {"tokens": N, "width": D, "image_size": S}.
-        needs_image_ids: whether its loss has to know which rows are of one image.
+        needs_image_ids: whether its loss has to know which rows are of one image; only then are they read.
     """
 
     module: StageModule

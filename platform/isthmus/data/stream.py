@@ -78,15 +78,14 @@ def train_batches(
         source, blank = _cached_rows(data, stage, manifest, order, rank, world, steps)
     else:
         source, blank = _image_rows(data, stage, manifest, order, rank, world, steps, seed)
-    _check_images(manifest, stage, rank)
-    named = _with_images(source, manifest, order, rank, world)
-    return _batches(named, data, stage, order, blank, on_failure)
+    if stage.needs_image_ids:
+        _check_images(manifest, rank)
+        source = _with_images(source, manifest, order, rank, world)
+    return _batches(source, data, stage, order, blank, on_failure)
 
 
-def _check_images(manifest: Manifest, stage: Stage, rank: int) -> None:
-    """Whether the data can say which rows are of one image, where the method asks for that."""
-    if not stage.needs_image_ids:
-        return
+def _check_images(manifest: Manifest, rank: int) -> None:
+    """Whether the data can say which rows are of one image."""
     if not manifest.names_images:
         raise DataError(
             f"The recipe makes rows of one image positives of one another (itc_same_image), and {manifest.root} was "

@@ -25,6 +25,7 @@ from isthmus.config import RunConfig, load_run, to_yaml
 from isthmus.contracts import Base, BuildContext, Comm, LocalComm, Stage
 from isthmus.errors import RegistryError, WeightsError
 from isthmus.models.freezing import load_owned, owned_parameters
+from isthmus.models.partition import whole_shape
 
 MODEL, RECIPE, BASES = "model.safetensors", "recipe.yaml", "bases.json"
 FREEZING, LINEAGE = "freezing.json", "lineage.json"
@@ -173,9 +174,9 @@ def check_bases(recorded: Sequence[Base], loaded: Sequence[Base]) -> None:
 
 
 def verdict(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Per parameter: shape, and whether it is trained. ZeRO 3 empties parameters and keeps their shape beside them."""
+    """Per parameter: shape, and whether it is trained."""
     return {
-        name: {"shape": list(getattr(parameter, "ds_shape", parameter.shape)), "trained": parameter.requires_grad}
+        name: {"shape": list(whole_shape(parameter)), "trained": parameter.requires_grad}
         for name, parameter in module.named_parameters()
     }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.models.headwise import gather_heads, spread_heads
+from isthmus.models.headwise import narrow_heads, widen_heads
 from isthmus.models.packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]
@@ -208,7 +208,7 @@ class CrossAttention(nn.Module):
         tokens_BND = image.tokens_BND
         (key_MD, key_M), (value_MD, value_M) = self.key(image), self.value(image)
         rows_HRd = query_BHSd.transpose(0, 1).reshape(H, B * S, d) * d**-0.5
-        asked_BXD = spread_heads(rows_HRd, key_MD.view(H, d, -1).to(rows_HRd.dtype)).view(B, S * H, -1)
+        asked_BXD = widen_heads(rows_HRd, key_MD.view(H, d, -1).to(rows_HRd.dtype)).view(B, S * H, -1)
         # The key bias adds one number to all scores of a row, which softmax cannot see: its gradient is zero in the
         # projected form too (up to rounding). It enters here so that its gradient is zero rather than absent.
         shift_BX1 = torch.bmm(rows_HRd, key_M.view(H, d, 1)).view(H, B, S).permute(1, 2, 0).reshape(B, S * H, 1)
@@ -216,7 +216,7 @@ class CrossAttention(nn.Module):
         exact = torch.promote_types(scores_BXN.dtype, torch.float32)
         weights_BXN = F.dropout(scores_BXN.softmax(-1, dtype=exact).to(tokens_BND.dtype), p)
         mixed_RHD = torch.bmm(weights_BXN, tokens_BND).view(B * S, H, -1)
-        seen_HRd = gather_heads(mixed_RHD, value_MD.view(H, d, -1).to(mixed_RHD.dtype))
+        seen_HRd = narrow_heads(mixed_RHD, value_MD.view(H, d, -1).to(mixed_RHD.dtype))
         share_HR1 = weights_BXN.sum(-1).view(B * S, H).t().unsqueeze(-1)  # 1 but for dropout
         seen_HRd = seen_HRd + share_HR1 * value_M.view(H, 1, d)
         return seen_HRd.view(H, B, S, d).permute(1, 2, 0, 3).reshape(B, S, H * d)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 
-def spread_heads(rows_HRd: Tensor, weight_HdD: Tensor) -> Tensor:
+def widen_heads(rows_HRd: Tensor, weight_HdD: Tensor) -> Tensor:
     """Each head's rows times its own matrix, [R, H, D] contiguous. Both of one dtype."""
-    out: Tensor = _Spread.apply(rows_HRd, weight_HdD)
+    out: Tensor = _Widen.apply(rows_HRd, weight_HdD)
     return out
 
 
-def gather_heads(rows_RHD: Tensor, weight_HdD: Tensor) -> Tensor:
+def narrow_heads(rows_RHD: Tensor, weight_HdD: Tensor) -> Tensor:
     """Each head's rows times the transpose of its own matrix, [H, R, d]. Both of one dtype."""
-    out: Tensor = _Gather.apply(rows_RHD, weight_HdD)
+    out: Tensor = _Narrow.apply(rows_RHD, weight_HdD)
     return out
 
 
@@ -33,7 +33,7 @@ def _inner(a_HRx: Tensor, b_HxD: Tensor) -> Tensor:
     return out_RHD
 
 
-class _Spread(torch.autograd.Function):
+class _Widen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_HRd: Tensor, weight_HdD: Tensor) -> Tensor:
         ctx.save_for_backward(rows_HRd, weight_HdD)
@@ -46,7 +46,7 @@ class _Spread(torch.autograd.Function):
         return torch.bmm(slope_HRD, weight_HdD.transpose(1, 2)), torch.bmm(rows_HRd.transpose(1, 2), slope_HRD)
 
 
-class _Gather(torch.autograd.Function):
+class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RHD: Tensor, weight_HdD: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RHD, weight_HdD)

@@ -11,3 +11,8 @@ def is_partitioned(module: nn.Module) -> bool:
     Such a module gathers its weights at every call, so all ranks have to call it equally often, whatever their rows.
     """
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter; of the whole one where it lies in parts, since it is empty then."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

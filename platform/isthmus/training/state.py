@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import StorageError
+from isthmus.models.partition import whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
@@ -40,7 +41,9 @@ def gather_state(engine: Any, *, stage: int, rank: int, world: int) -> dict[str,
         for kind in KINDS:
             whole = _whole(engine, parameter, kind, stage)
             if number % world == rank:
-                mine[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True).reshape(_shape(parameter))
+                mine[f"{kind}/{name}"] = (
+                    whole.detach().to("cpu", torch.float32, copy=True).reshape(whole_shape(parameter))
+                )
     return mine
 
 
@@ -87,16 +90,12 @@ def check_names(found: Mapping[str, Any] | set[str], module: nn.Module, url: str
 
 
 def _fitting(value: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
-    if tuple(value.shape) != _shape(parameter):
+    if tuple(value.shape) != whole_shape(parameter):
         raise StorageError(
-            f"The checkpoint's '{name}' has shape {tuple(value.shape)}, the model's {_shape(parameter)}.",
+            f"The checkpoint's '{name}' has shape {tuple(value.shape)}, the model's {whole_shape(parameter)}.",
             "Name a new run.",
         )
     return value
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 empties parameters
 
 
 def _link_moments(engine: Any, stage: int) -> None:

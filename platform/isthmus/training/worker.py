@@ -22,6 +22,7 @@ from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
 from isthmus.data.quarantine import check_cut
 from isthmus.errors import IsthmusError
 from isthmus.models.freezing import freeze, verdict_table
+from isthmus.models.partition import whole_shape
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
@@ -386,7 +387,7 @@ class Worker:
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return math.prod(whole_shape(parameter))
 
 
 def _use_cores(workers_here: int) -> None:

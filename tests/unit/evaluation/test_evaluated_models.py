@@ -16,7 +16,7 @@ from isthmus.evaluation.driver import evaluate
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import owned_state
 from isthmus.testing.shards import image_bytes, write_tar
-from method_cases import CAPTIONS, build, recipe, run_config
+from method_cases import CAPTIONS, build, moved, recipe, run_config
 
 COUNT = 8
 QUESTIONS = ("Is it a cat?", "What color is the house to the left of the dogs?", "How many?")
@@ -47,11 +47,7 @@ def models(folder: Path) -> dict[str, str]:
     for method in ("blip2_stage1", "blip2_stage2", "projector"):
         config = recipe(method, folder)
         stage = build(config, with_vision=True)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in stage.module.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        moved(stage.module)
         save_artefact(folder / method, owned_state(stage.module), run_config(config), stage, {})
         out[method] = str(folder / method)
     return out

@@ -22,7 +22,7 @@ from isthmus.inference.loading import LoadModel, ModelHandle, resolve_model
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import owned_state
 from isthmus.testing.shards import make_dataset
-from method_cases import build, recipe, run_config
+from method_cases import build, moved, recipe, run_config
 
 COUNT, OWN = 4, "a photo of"
 
@@ -45,11 +45,7 @@ def handle(folder: Path) -> ModelHandle:
     config: Any = recipe("blip2_stage2", folder)
     config = config.model_copy(update={"language": config.language.model_copy(update={"prompt": OWN})})
     stage = build(config, with_vision=True)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in stage.module.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    moved(stage.module)
     save_artefact(folder / "model", owned_state(stage.module), run_config(config), stage, {})
     return resolve_model(str(folder / "model"), TrackingConfig())
 
