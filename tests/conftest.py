@@ -54,11 +54,16 @@ GROUPS = ("ray", "jobs")
 """Groups that start a Ray cluster; they go first, for they take longest."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests share a process when several run: those of one Ray cluster, else those of one file."""
+    """Which tests share a process when several run: those of one Ray cluster, else those of one file.
+
+    First of all hooks, since xdist reads the marks in a hook of its own.
+    """
     for item in items:
         file = item.path
-        group = "jobs" if file.name == "test_jobs.py" else "ray" if file.parent.name == "ray" else str(file)
+        beside = file.relative_to(ROOT).as_posix()
+        group = "jobs" if file.name == "test_jobs.py" else "ray" if file.parent.name == "ray" else beside
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: next(m.args[0] for m in item.iter_markers("xdist_group")) not in GROUPS)
 

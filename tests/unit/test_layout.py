@@ -110,3 +110,9 @@ def test_no_file_names_the_machine_it_was_written_on() -> None:
 def _code(file: Path) -> str:
     """The file without docstrings, in which a line may begin with 'from'."""
     return re.sub(r'""".*?"""', "", file.read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_processes_that_share_the_suite_keep_a_file_together(request: pytest.FixtureRequest) -> None:
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("one process runs the suite")
+    assert request.node.nodeid.endswith("@tests/unit/test_layout.py"), "fixtures would be made once in each process"
