@@ -249,8 +249,9 @@ EMBED = QFormer._embed_text
 
 @contextmanager
 def _projected_in_every_pass() -> Iterator[None]:
-    def direct(self: CrossAttention, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:
-        return attention.merge_heads(attention.attend(query_BHSd, *self.project(image), None, p))
+    def direct(self: CrossAttention, query_BHSd: Tensor, image: ImageTokens, noise_BS: Tensor | None) -> Tensor:
+        drop = attention._drop(self.weights_dropout, noise_BS, self.heads)
+        return attention.merge_heads(attention.attend(query_BHSd, *self.project(image), None, drop))
 
     with (
         mock.patch.object(QFormer, "remember", lambda _, image, *__, **___: ImageMemory(image)),

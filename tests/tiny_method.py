@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import ray.cloudpickle as ray_cloudpickle
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from isthmus.config import MethodConfig, RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage, StageModule
 from isthmus.methods.table import MethodSpec
+from isthmus.models.noise import KeyedDropout, batch_keys
 
 SIDE = 8
 
@@ -25,10 +27,11 @@ class TinyConfig(MethodConfig):
     name: str = "tiny"
     width: int = 6
     dropout: float = 0.1
-    die_at: int = -1  # step at which rank 1 is killed, once
-    nan_at: int = -1  # step at which the loss is no number
-    break_at: int = -1  # step at which every rank loses its peers, once
-    marker: str = ""  # file that remembers the killing or breaking
+    # Faults are no part of the recipe: with them and without it is the same run.
+    die_at: int = Field(-1, exclude=True)  # step at which rank 1 is killed, once
+    nan_at: int = Field(-1, exclude=True)  # step at which the loss is no number
+    break_at: int = Field(-1, exclude=True)  # step at which every rank loses its peers, once
+    marker: str = Field("", exclude=True)  # file that remembers the killing or breaking
 
 
 class TinyModule(StageModule):
@@ -42,7 +45,7 @@ class TinyModule(StageModule):
             parameter.requires_grad_(False)
         self.frozen.base = Base("vision", "random", "0" * 64)
         self.hidden = nn.Linear(32, config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = KeyedDropout(config.dropout)
         self.out = nn.Linear(config.width, 2)
         self.temperature = nn.Parameter(torch.tensor([0.5]))
 
@@ -50,7 +53,8 @@ class TinyModule(StageModule):
         assert batch.pixels_BCHW is not None and batch.ids_BT is not None
         self._misbehave(batch)
         h = torch.tanh(self.hidden(self.frozen(batch.pixels_BCHW.flatten(1))))
-        error = (self.out(self.drop(h)) / self.temperature - batch.ids_BT / 100.0).square().mean(1)
+        noise_B = batch_keys(0, batch.step, 0, len(batch), self.comm, h.device)
+        error = (self.out(self.drop(h, noise_B)) / self.temperature - batch.ids_BT / 100.0).square().mean(1)
         valid = batch.valid_B.float()
         total = (error * valid).sum() * self.comm.world_size / self.comm.sum(valid.sum())
         if batch.step == self.config.nan_at:

@@ -14,7 +14,7 @@ from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import LossWeights
 from isthmus.testing.gloo import run_ranks
-from method_cases import batch, build, recipe, samples
+from method_cases import QFORMER, batch, build, recipe, samples
 
 pytestmark = pytest.mark.timeout(600)  # two processes import all methods, on a machine that may be busy
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -22,8 +22,9 @@ GLOBAL, STEPS = 8, 20
 LR = {"blip2_stage2": 0.0005}  # its small random language model is steep: larger steps blow up rounding
 LR_ELSE = 0.005
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
+DROPPED = QFORMER.model_copy(update={"dropout": 0.1})
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in sorted(METHODS)},
+    **{name: (name, {"dropout": 0.1} if name == "projector" else {"qformer": DROPPED}) for name in sorted(METHODS)},
     "stage 1, full gather": ("blip2_stage1", {"itc_gather": "full"}),
     "stage 1, image ids": ("blip2_stage1", {"itc_same_image": True}),
     "stage 1, scheduled": ("blip2_stage1", {"itm_every": 2, "itg_every": 3, "weights": LossWeights(itm=0.5)}),

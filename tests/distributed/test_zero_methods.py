@@ -17,7 +17,7 @@ from isthmus.methods import METHODS
 from isthmus.models.freezing import owned_parameters, state_digest
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
-from method_cases import recipe
+from method_cases import QFORMER, recipe
 
 pytestmark = pytest.mark.timeout(600)
 LR = {"blip2_stage2": 5e-4}  # its small random language model is steep: larger steps blow up rounding
@@ -35,7 +35,8 @@ class Silent:
 
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
-    config = recipe(method, Path(root))
+    dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
+    config = recipe(method, Path(root), **dropped)
     return RunConfig.model_validate(
         {
             "name": f"{method}-{stage}",

@@ -121,6 +121,16 @@ class DataConfig(Config):
     captions: Literal["drawn", "first"] = Field(
         "drawn", description="a sample's caption in an epoch: one drawn from all that it has, or always its first"
     )
+    augment: bool = Field(
+        True,
+        description="random crops and flips, drawn by (seed, sample, epoch); a cache holds the plain images' features "
+        "whatever this says",
+    )
+    shuffle_pool: Positive = Field(
+        16384,
+        description="samples mixed with one another at a time; a larger set is read in runs of neighbours, and the "
+        "encoded images of a pool are held in memory, shared among the workers",
+    )
     max_failed_share: Fraction = Field(0.01, description="a larger share of unreadable samples stops the run")
     max_cut_share: Fraction = Field(
         0.01, description="a larger share of captions that lose their end to max_length stops the run"
@@ -159,7 +169,11 @@ class TrainConfig(Config):
     seed: int = 0
     log_every: Positive = Field(10, description="steps between logged rows")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints that stay")
+    keep_best: str | None = Field(
+        None,
+        description="a logged value, e.g. loss_itc: the checkpoint with its lowest mean since the one before stays too",
+    )
 
 
 class ClusterConfig(Config):
@@ -168,6 +182,12 @@ class ClusterConfig(Config):
     workers: Positive = Field(2, description="data-parallel training processes")
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    encoders: Positive = Field(1, description="with data.placement 'streamed': encoding actors of each worker")
+    cpus_per_encoder: Annotated[float, Field(gt=0)] = 1
+    gpus_per_encoder: Annotated[float, Field(ge=0)] = 0
+    encoder_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="custom Ray resources of an encoding actor, which lead it to the nodes that have them"
+    )
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="worker-group restarts; -1 is without end")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,16 +18,28 @@ from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
 from isthmus.data.transforms import DecodeError, decode_image
 from isthmus.errors import DataError
 
+READ_BYTES = 256 << 20
+"""Encoded images that one read holds, about; a step's own rows are held in any case."""
+
 Row = Sample | Failure | None
 """A row of a local batch; None is the padding at an epoch's end."""
 
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of one rank at one step, [G/world] of them."""
+    """The rows of one rank at one step, [G/world] of them; ``encoder`` is the digest of what encoded them already."""
 
     step: int
     rows: tuple[Row, ...]
+    encoder: str = ""
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """The same rows as stored, before any image is decoded."""
+
+    step: int
+    rows: tuple[RawSample | Failure | None, ...]
 
 
 @dataclass(frozen=True)
@@ -55,21 +67,47 @@ class Plan:
 
     def __call__(self, step: int) -> LocalRows:
         """Read, decode and augment the rows of ``step``."""
+        return self.decode(next(self.read(range(step, step + 1))))
+
+    def read(self, steps: range) -> Iterator[RawRows]:
+        """The stored rows of ``steps``, step by step. They are fetched together, as far as memory allows, and in the
+        order in which they lie in the shards: the rows of a span of :class:`Order` are neighbours there."""
         os.environ.update(self.environment)
         manifest = cached_manifest(self.data, self.digest)
-        epoch = self.order.epoch_of(step)
-        numbers = self.order.local(step, self.rank, self.world)
-        real = numbers[numbers != PADDING]
-        found = iter(zip(real.tolist(), read_rows(manifest, real), strict=True))
+        numbers_SB = np.stack([self.order.local(step, self.rank, self.world) for step in steps])
+        sizes_S = np.where(numbers_SB != PADDING, manifest.image_bytes[numbers_SB], 0).sum(1)
+        together_S = np.cumsum(sizes_S) // READ_BYTES
+        for group in np.unique(together_S):
+            some = np.flatnonzero(together_S == group)
+            numbers = numbers_SB[some]
+            wanted = np.unique(numbers[numbers != PADDING])
+            found = dict(zip(wanted.tolist(), read_rows(manifest, wanted), strict=True))
+            for step, row in zip(some.tolist(), numbers.tolist(), strict=True):
+                yield RawRows(steps[step], tuple(found.pop(n) if n != PADDING else None for n in row))
+
+    def decode(self, raw: RawRows) -> LocalRows:
+        """What was read, decoded and augmented."""
+        manifest = cached_manifest(self.data, self.digest)
+        epoch = self.order.epoch_of(raw.step)
+        numbers = self.order.local(raw.step, self.rank, self.world).tolist()
         rows: list[Row] = []
-        for number in numbers:
-            if number == PADDING:
+        for number, stored in zip(numbers, raw.rows, strict=True):
+            if stored is None:
                 rows.append(None)
             else:
-                row, raw = next(found)
-                augment = functools.partial(_augment, self.augment, mix(self.seed, raw.id, epoch))
-                rows.append(to_sample(manifest, row, raw, augment, self.size))
-        return LocalRows(step, tuple(rows))
+                augment = functools.partial(_augment, self.augment, mix(self.seed, stored.id, epoch))
+                rows.append(to_sample(manifest, number, stored, augment, self.size))
+        return LocalRows(raw.step, tuple(rows))
+
+
+@dataclass(frozen=True)
+class Unaugmented:
+    """The plain transform in the place of an augmentation."""
+
+    transform: Callable[[Any], np.ndarray]
+
+    def __call__(self, image: Any, _seed: int) -> np.ndarray:
+        return self.transform(image)
 
 
 def _augment(augment: Callable[[Any, int], np.ndarray], seed: int, image: Any) -> np.ndarray:

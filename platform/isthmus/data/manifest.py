@@ -76,6 +76,11 @@ class Manifest:
         return pc.coalesce(self.table[IMAGE_ID_COLUMN], self.table["id"]).to_numpy()
 
     @functools.cached_property
+    def image_bytes(self) -> np.ndarray:
+        """Size of each encoded image, int64 [len]; 0 where the index could not tell."""
+        return np.maximum(self.table["image_length"].to_numpy(), 0)
+
+    @functools.cached_property
     def captioned(self) -> int:
         """Samples that have a caption."""
         texts = np.asarray(self.table["text_ext"].to_pandas() != "")

@@ -18,13 +18,14 @@ import pyarrow as pa
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Collate, Sample, Stage
-from isthmus.data.local import LocalRows, Plan, Row, failures, to_batch, to_sample
+from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, to_batch, to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, Order
 from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
+from isthmus.data.streamed import Encoding, StepEncoder
 from isthmus.errors import DataError, IsthmusError
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WINDOW = 1024
-"""Steps of one Ray Data pipeline. Each step is one task, so that the tasks under way are the next steps."""
+"""Steps of one Ray Data pipeline, about."""
+
+_READ_CPUS = 0.25
 
 _DECODE_CPUS = 0.5
-"""Logical CPUs of a decoding task: little, so that trainers and their readers fit on a small machine together."""
+"""Logical CPUs of a reading and of a decoding task: little, so that trainers and their readers fit on a small machine
+together."""
 
 
 def train_batches(
@@ -49,18 +53,23 @@ def train_batches(
     stop_step: int,
     seed: int,
     on_failure: Callable[[Failure], None],
+    encoding: Encoding | None = None,
+    on_encoder: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of steps ``start_step`` to ``stop_step`` - 1, each of exactly G/world rows.
 
     Placements ``inline`` and ``streamed`` read, decode and augment images (as Ray Data tasks when Ray is initialised);
-    ``cached`` gathers features from a memory-mapped cache. Rows that are padding or could not be read repeat another
-    row and are False in ``valid_B``.
+    ``streamed`` also encodes them there. ``cached`` gathers features from a memory-mapped cache. Rows that are padding
+    or could not be read repeat another row and are False in ``valid_B``.
 
     Args:
         on_failure: called once for every unreadable row, in order, before its batch is yielded.
+        encoding: what encodes the images; needed by ``streamed`` alone.
+        on_encoder: called with the digest of the encoder that the first encoded batch came from.
 
     Raises:
-        DataError: the data has changed, has no captions, does not fit the cache, or too many samples are unreadable.
+        DataError: the data has changed, has no captions, does not fit the cache, too many samples are unreadable, or
+            two encoders have different weights.
     """
     manifest = Manifest.load(data.train)
     if len(manifest) != order.samples:
@@ -77,7 +86,9 @@ def train_batches(
     if data.placement == "cached":
         source, blank = _cached_rows(data, stage, manifest, order, rank, world, steps)
     else:
-        source, blank = _image_rows(data, stage, manifest, order, rank, world, steps, seed)
+        streamed = encoding if data.placement == "streamed" else None
+        source, blank = _image_rows(data, stage, manifest, order, rank, world, steps, seed, streamed)
+        source = _of_one_encoder(source, on_encoder)
     if stage.needs_image_ids:
         _check_images(manifest, rank)
         source = _with_images(source, manifest, order, rank, world)
@@ -106,13 +117,27 @@ def _with_images(
     """The same rows with the ids of their images, wherever they were read."""
     for local in source:
         numbers = order.local(local.step, rank, world)
-        yield LocalRows(
-            local.step,
-            tuple(
-                replace(row, image_id=int(manifest.image_ids[number])) if isinstance(row, Sample) else row
-                for number, row in zip(numbers, local.rows, strict=True)
-            ),
+        rows = tuple(
+            replace(row, image_id=int(manifest.image_ids[number])) if isinstance(row, Sample) else row
+            for number, row in zip(numbers, local.rows, strict=True)
         )
+        yield replace(local, rows=rows)
+
+
+def _of_one_encoder(source: Iterable[LocalRows], on_encoder: Callable[[str], None] | None) -> Iterator[LocalRows]:
+    """The same rows, which one encoder made if any did."""
+    known = ""
+    for local in source:
+        if local.encoder and not known:
+            known = local.encoder
+            if on_encoder:
+                on_encoder(known)
+        if local.encoder != known:
+            raise DataError(
+                f"Two encoders of this run have different weights ({known[:12]}, {local.encoder[:12]}).",
+                "A local file named in method.vision.weights must be the same on every node.",
+            )
+        yield local
 
 
 def _batches(
@@ -145,43 +170,98 @@ class _OnFirstCaptions:
 
 
 def _image_rows(
-    data: DataConfig, stage: Stage, manifest: Manifest, order: Order, rank: int, world: int, steps: range, seed: int
+    data: DataConfig,
+    stage: Stage,
+    manifest: Manifest,
+    order: Order,
+    rank: int,
+    world: int,
+    steps: range,
+    seed: int,
+    encoding: Encoding | None,
 ) -> tuple[Iterable[LocalRows], Sample]:
     size = int(stage.image_spec["image_size"])
-    plan = Plan(
-        data.train, manifest.digest, order, rank, world, seed, stage.augment, size, environment=store_environment()
-    )
+    augment = stage.augment if data.augment else Unaugmented(stage.transform)
+    plan = Plan(data.train, manifest.digest, order, rank, world, seed, augment, size, environment=store_environment())
     blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
+    if encoding is not None:
+        shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
+        blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, np.float32))
     if ray_is_up():
-        return _on_ray(plan, steps, data.decode_workers, data.prefetch), blank
-    return map_ahead(plan, steps, data.decode_workers, data.prefetch), blank
+        return _on_ray(plan, steps, data.decode_workers, data.prefetch, encoding), blank
+    return _on_threads(plan, steps, data.decode_workers, data.prefetch, encoding), blank
+
+
+def _spans(order: Order, steps: range) -> Iterator[range]:
+    """``steps`` cut where the order's spans end: what is best read together."""
+    first = steps.start
+    while first < steps.stop:
+        stop = min(order.span_end(first), steps.stop)
+        yield range(first, stop)
+        first = stop
+
+
+def _on_threads(
+    plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
+) -> Iterator[LocalRows]:
+    raw = (rows for span in _spans(plan.order, steps) for rows in plan.read(span))
+    decoded = map_ahead(plan.decode, ahead(raw, prefetch), workers, prefetch)
+    return decoded if encoding is None else map(StepEncoder(encoding), decoded)
 
 
 # ---------------------------------------------------------------------------------------------------- Ray Data
 
 
-def _on_ray(plan: Plan, steps: range, workers: int, prefetch: int) -> Iterator[LocalRows]:
-    for first in range(steps.start, steps.stop, _WINDOW):
-        yield from _pipeline(plan, range(first, min(first + _WINDOW, steps.stop)), workers, prefetch)
+def _on_ray(plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None) -> Iterator[LocalRows]:
+    spans = _spans(plan.order, steps)
+    while window := list(islice(spans, max(1, _WINDOW // plan.order.span))):
+        yield from _pipeline(plan, window, workers, prefetch, encoding)
 
 
-def _pipeline(plan: Plan, steps: range, workers: int, prefetch: int) -> Iterator[LocalRows]:
-    """A Ray Data pipeline over ``steps``: one row, block and task for each, delivered in order."""
+def _pipeline(
+    plan: Plan, spans: Sequence[range], workers: int, prefetch: int, encoding: Encoding | None
+) -> Iterator[LocalRows]:
+    """A Ray Data pipeline: a task for each span reads it and hands its steps on one by one, a task for each step
+    decodes it, and actors encode it if asked; delivered in order, read no further ahead than Ray's back-pressure lets
+    it."""
     import ray.data
 
-    def make(row: dict[str, Any]) -> dict[str, Any]:
-        step = int(row["step"])
+    def read(block: pa.Table) -> Iterator[pa.Table]:
+        span = range(block["first"][0].as_py(), block["stop"][0].as_py())
         try:
-            return _packed(plan(step))
+            for raw in plan.read(span):
+                yield _stored(raw.step, raw)
         except IsthmusError as error:  # carried as a value: Ray's own wrapping keeps only its text
-            return _row(step, np.zeros(0, np.float32), error)
+            yield _stored(span.start, error)
 
-    # The steps are blocks that are there already. A range would be read by tasks of one whole CPU each, which a machine
+    def decode(row: dict[str, Any]) -> dict[str, Any]:
+        raw = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
+        try:
+            if isinstance(raw, IsthmusError):
+                raise raw
+            return _packed(plan.decode(raw))
+        except IsthmusError as error:
+            return _row(int(row["step"]), np.zeros(0, np.float32), error)
+
+    # The spans are blocks that are there already. A range would be read by tasks of one whole CPU each, which a machine
     # whose CPUs are all trainers' never has.
-    dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"step": [step]}) for step in steps])
+    blocks = [pa.table({"first": [span.start], "stop": [span.stop]}) for span in spans]
+    dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
     dataset.context.execution_options.preserve_order = True  # this pipeline's own context, not the process's
-    dataset = dataset.map(make, num_cpus=_DECODE_CPUS, concurrency=workers)
-    expected = iter(steps)
+    dataset.context.target_max_block_size = 1  # a block a step, whatever its size
+    # Other resources than decoding has, or Ray would run both in one task, and a span's images one after the other.
+    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS, concurrency=1)
+    dataset = dataset.map(decode, num_cpus=_DECODE_CPUS, concurrency=workers)
+    if encoding is not None:
+        dataset = dataset.map(
+            _EncodeRow,  # type: ignore[arg-type]  # an actor class, which Ray takes as well
+            fn_constructor_args=(encoding,),
+            compute=ray.data.ActorPoolStrategy(size=encoding.actors),
+            num_cpus=encoding.cpus,
+            num_gpus=encoding.gpus,
+            resources=dict(encoding.resources),
+        )
+    expected = iter(range(spans[0].start, spans[-1].stop))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch):
         for number in range(len(block["step"])):
             local = _unpacked({name: column[number] for name, column in block.items()})
@@ -190,27 +270,45 @@ def _pipeline(plan: Plan, steps: range, workers: int, prefetch: int) -> Iterator
             yield local
 
 
+def _stored(step: int, rest: Any) -> pa.Table:
+    return pa.table({"step": [step], "rest": pa.array([pickle.dumps(rest)], pa.large_binary())})
+
+
+class _EncodeRow:
+    """A Ray Data actor around :class:`StepEncoder`."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encode = StepEncoder(encoding, alone=True)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _packed(self._encode(_unpacked(row)))
+        except IsthmusError as error:
+            return _row(int(row["step"]), np.zeros(0, np.float32), error)
+
+
 def _packed(local: LocalRows) -> dict[str, Any]:
-    """Pixels as one tensor, everything else pickled: what Ray moves through shared memory."""
-    pixels = [np.asarray(row.pixels_CHW) for row in local.rows if isinstance(row, Sample)]
+    """Pixels or features as one tensor, everything else pickled: what Ray moves through shared memory."""
+    good = [row for row in local.rows if isinstance(row, Sample)]
+    arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
     heads = [(row.id, row.key, row.captions) if isinstance(row, Sample) else row for row in local.rows]
-    return _row(local.step, np.stack(pixels) if pixels else np.zeros(0, np.float32), heads)
+    return _row(local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder))
 
 
-def _row(step: int, pixels: np.ndarray, rest: Any) -> dict[str, Any]:
-    shape = np.asarray(pixels.shape, np.int64)
-    return {"step": step, "shape": shape, "pixels": pixels.reshape(-1), "rest": pickle.dumps(rest)}
+def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
+    shape = np.asarray(array.shape, np.int64)
+    return {"step": step, "shape": shape, "array": array.reshape(-1), "rest": pickle.dumps(rest)}
 
 
 def _unpacked(row: dict[str, Any]) -> LocalRows:
     rest = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
     if isinstance(rest, IsthmusError):
         raise rest
-    pixels = iter(np.asarray(row["pixels"], np.float32).reshape(tuple(row["shape"])))
-    rows: list[Row] = []
-    for head in rest:
-        rows.append(Sample(head[0], head[1], head[2], next(pixels)) if isinstance(head, tuple) else head)
-    return LocalRows(int(row["step"]), tuple(rows))
+    heads, encoder = rest
+    name = "features_ND" if encoder else "pixels_CHW"
+    arrays = iter(np.asarray(row["array"], np.float32).reshape(tuple(row["shape"])))
+    rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
+    return LocalRows(int(row["step"]), tuple(rows), encoder)
 
 
 # ------------------------------------------------------------------------------------------------------ cached

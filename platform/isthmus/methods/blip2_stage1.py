@@ -28,6 +28,7 @@ from isthmus.losses.matching import Match, matching, matching_reference, mine_ne
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
 from isthmus.models.attention import ImageMemory, ImageTokens
+from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
 from isthmus.models.text import load_bert, load_tokenizer
 from isthmus.models.vision import build_vision, describe_vision
@@ -147,7 +148,7 @@ class Blip2Stage1(SeeingModule):
 
         image = self._normalise(self.image_features(batch))
         memory = self.qformer.remember(image, uses=self._uses(with_itm))
-        seen = self.qformer(memory)
+        seen = self.qformer(memory, noise_B=self._noise(batch, "image"))
         itc = self._contrast(seen, batch)
 
         total = weights.itc * itc.loss
@@ -171,6 +172,14 @@ class Blip2Stage1(SeeingModule):
             total = total + 0.0 * self.qformer.lm_head(seen.queries_BQM[0, :1]).sum()
         return LossTerms(total, {name: part.detach() for name, part in parts.items()}, metrics)
 
+    def _noise(self, batch: Batch, *passes: str) -> Tensor | None:
+        """Dropout's keys of the rows of passes, which are one below the other, int64 [passes x B]."""
+        if not self.training:
+            return None
+        device = self.temperature.device
+        numbers = [PASSES.index(name) for name in passes]
+        return torch.cat([batch_keys(self.seed, batch.step, n, len(batch), self.comm, device) for n in numbers])
+
     def _normalise(self, features_BND: Tensor) -> ImageTokens:
         return self.ln_vision(features_BND, self.qformer.queries.dtype)
 
@@ -181,7 +190,7 @@ class Blip2Stage1(SeeingModule):
 
     def _contrast(self, seen: QFormerOutput, batch: Batch) -> Contrast:
         assert seen.queries_BQM is not None and batch.ids_BT is not None and batch.mask_BT is not None
-        text_BM = self.qformer.pooled_text(batch.ids_BT, batch.mask_BT)
+        text_BM = self.qformer.pooled_text(batch.ids_BT, batch.mask_BT, self._noise(batch, "text"))
         return contrast(
             F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1),
             F.normalize(self.text_proj(text_BM).float(), dim=-1),
@@ -218,6 +227,7 @@ class Blip2Stage1(SeeingModule):
             ImageMemory.cat([memory, other, memory]),
             torch.cat([ids_BT, ids_BT, other_ids_BT]),
             torch.cat([mask_BT, mask_BT, other_mask_BT]),
+            self._noise(batch, "own", "other image", "other text"),
         )
         return matching(logits_3B2.view(3, -1, 2), negatives.counted_B, self.comm)
 
@@ -241,10 +251,12 @@ class Blip2Stage1(SeeingModule):
             return batch.ids_BT, batch.mask_BT
         return F.pad(batch.ids_BT, (0, more)), F.pad(batch.mask_BT, (0, more))
 
-    def _match_logits(self, memory: ImageMemory, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def _match_logits(
+        self, memory: ImageMemory, ids_BT: Tensor, mask_BT: Tensor, noise_B: Tensor | None = None
+    ) -> Tensor:
         """ITM head on every query, averaged: [B, 2]."""
         assert self.itm_head is not None
-        seen = self.qformer(memory, ids_BT, mask_BT, leading=self.config.qformer.queries)
+        seen = self.qformer(memory, ids_BT, mask_BT, leading=self.config.qformer.queries, noise_B=noise_B)
         return self.itm_head(seen.queries_BQM).float().mean(1)
 
     def _generate(self, seen: QFormerOutput, batch: Batch) -> Tensor:
@@ -253,7 +265,8 @@ class Blip2Stage1(SeeingModule):
         ids_BT = batch.ids_BT.clone()
         ids_BT[:, 0] = self.qformer.dec_id
         labels_BT = ids_BT.masked_fill((batch.mask_BT == 0) | ~batch.valid_B.unsqueeze(1), IGNORED)
-        hidden_BTM = self.qformer(None, ids_BT, batch.mask_BT, past=seen.past).text_BTM
+        noise_B = self._noise(batch, "generation")
+        hidden_BTM = self.qformer(None, ids_BT, batch.mask_BT, past=seen.past, noise_B=noise_B).text_BTM
         return next_token_loss(
             hidden_BTM,
             labels_BT,
@@ -326,6 +339,10 @@ class Blip2Stage1(SeeingModule):
     def _tokenise(self, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
         ids_BT, mask_BT = tokenise(self.tokenizer, texts, max_length or self.config.text.max_length)
         return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
+
+
+PASSES = ("image", "text", "own", "other image", "other text", "generation")
+"""Passes of the Q-Former in a step; dropout draws differ between them."""
 
 
 def _image_ids(batch: Batch) -> Tensor:

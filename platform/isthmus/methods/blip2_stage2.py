@@ -25,6 +25,7 @@ from isthmus.methods.blip2_stage1 import check_heads
 from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
 from isthmus.models.language import build_language
 from isthmus.models.language_base import IGNORED, FrozenLanguage
+from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer
 from isthmus.models.vision import build_vision, describe_vision
 
@@ -94,6 +95,7 @@ class Blip2Stage2(SeeingModule):
         image_width: D.
         language: frozen language model (:mod:`isthmus.models.language`, :mod:`isthmus.models.seq2seq`).
         comm: collectives.
+        seed: of the Q-Former's dropout.
         recompute: gradient checkpointing.
     """
 
@@ -105,11 +107,12 @@ class Blip2Stage2(SeeingModule):
         language: FrozenLanguage,
         comm: Comm,
         *,
+        seed: int = 0,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         assert config.qformer is not None
-        self.config, self.comm = config, comm
+        self.config, self.comm, self.seed = config, comm, seed
         self.vision, self.language = vision, language
         self.ln_vision = VisionNorm(image_width)
         self.qformer = QFormer(config.qformer, image_width, None, recompute=recompute)
@@ -124,10 +127,10 @@ class Blip2Stage2(SeeingModule):
             self.language.train()
         return self
 
-    def soft_prompt(self, features_BND: Tensor) -> Tensor:
-        """Projected queries [B, Q, L]."""
+    def soft_prompt(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
+        """Projected queries [B, Q, L]; ``noise_B`` as in :meth:`isthmus.models.qformer.QFormer.forward`."""
         memory = self.qformer.remember(self.ln_vision(features_BND, self.qformer.queries.dtype))
-        return self.projection(self.qformer(memory).queries_BQM)
+        return self.projection(self.qformer(memory, noise_B=noise_B).queries_BQM)
 
     def load_stage1(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Starts from a stage-1 (or stage-2) model's tensors: (taken, dropped) names.
@@ -174,7 +177,10 @@ class Blip2Stage2(SeeingModule):
 
     def forward(self, batch: Batch) -> LossTerms:
         assert batch.labels_BT is not None
-        soft_BQL = self.soft_prompt(self.image_features(batch))
+        noise_B = None
+        if self.training:
+            noise_B = batch_keys(self.seed, batch.step, 0, len(batch), self.comm, self.qformer.queries.device)
+        soft_BQL = self.soft_prompt(self.image_features(batch), noise_B)
         labels_BT = batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED)
         found = self.language.batch_loss(soft_BQL, replace(batch, labels_BT=labels_BT))
         tokens = found.tokens
@@ -271,7 +277,13 @@ def build(config: Blip2Stage2Config, context: BuildContext) -> Stage:
     language = build_language(config.language, bf16=context.bf16)
     with seeded(context.seed):
         module = Blip2Stage2(
-            config, vision, spec.width, language, context.comm, recompute=context.gradient_checkpointing
+            config,
+            vision,
+            spec.width,
+            language,
+            context.comm,
+            seed=context.seed,
+            recompute=context.gradient_checkpointing,
         )
     bases = tuple(part.base for part in (vision, language) if part is not None)
     if context.parent:

@@ -23,6 +23,7 @@ from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, seeded
+from isthmus.models.noise import batch_keys, number_sites
 from isthmus.models.partition import is_partitioned
 from isthmus.models.projector import ImageProjector, TextProjector
 from isthmus.models.text import SentenceEncoder, build_sentence_encoder
@@ -106,13 +107,20 @@ class Projector(SeeingModule):
         image_width: D.
         text: frozen sentence encoder: ``tokenize(texts)``, ``forward(ids, mask) -> (tokens, pooled)``, ``width``.
         comm: collectives.
+        seed: of the dropout.
     """
 
     def __init__(
-        self, config: ProjectorConfig, vision: nn.Module | None, image_width: int, text: SentenceEncoder, comm: Comm
+        self,
+        config: ProjectorConfig,
+        vision: nn.Module | None,
+        image_width: int,
+        text: SentenceEncoder,
+        comm: Comm,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.comm = config, comm
+        self.config, self.comm, self.seed = config, comm, seed
         self.vision, self.text = vision, text
         per_token = config.text_features == "tokens"
         self.image_projector = ImageProjector(
@@ -126,12 +134,16 @@ class Projector(SeeingModule):
         # Shape [1], not []: DeepSpeed cannot take a parameter without dimensions.
         self.temperature = nn.Parameter(torch.full((1,), config.temperature))
         self.memory = TextMemory(text, config.remembered_texts, per_token, comm)
+        number_sites(self.image_projector, self.text_projector)
 
     def forward(self, batch: Batch) -> LossTerms:
         temperature = self._held_temperature()
+        noise_B = None
+        if self.training and self.config.dropout > 0:
+            noise_B = batch_keys(self.seed, batch.step, 0, len(batch), self.comm, self.temperature.device)
         found = contrast(
-            self._image_vectors(self.image_features(batch)).unsqueeze(1),
-            self._text_vectors(batch.texts),
+            self._image_vectors(self.image_features(batch), noise_B).unsqueeze(1),
+            self._text_vectors(batch.texts, noise_B),
             temperature,
             batch.valid_B,
             self.comm,
@@ -150,13 +162,13 @@ class Projector(SeeingModule):
         free = self.temperature.float()
         return free + (free.clamp(*self.config.temperature_range) - free).detach()
 
-    def _image_vectors(self, features_BND: Tensor) -> Tensor:
-        vectors_BE = self.image_projector(features_BND.to(self.temperature.dtype))
+    def _image_vectors(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
+        vectors_BE = self.image_projector(features_BND.to(self.temperature.dtype), noise_B)
         return F.normalize(vectors_BE.float(), dim=-1)
 
-    def _text_vectors(self, texts: Sequence[str]) -> Tensor:
+    def _text_vectors(self, texts: Sequence[str], noise_B: Tensor | None = None) -> Tensor:
         features, mask_BT = self.memory.read(texts)
-        vectors_BE = self.text_projector(features.to(self.temperature.dtype), mask_BT)
+        vectors_BE = self.text_projector(features.to(self.temperature.dtype), mask_BT, noise_B)
         return F.normalize(vectors_BE.float(), dim=-1)
 
     @torch.no_grad()
@@ -198,7 +210,7 @@ def build(config: ProjectorConfig, context: BuildContext) -> Stage:
     vision = build_vision(config.vision) if context.with_vision else None
     text = build_sentence_encoder(config.text)
     with seeded(context.seed):
-        module = Projector(config, vision, spec.width, text, context.comm)
+        module = Projector(config, vision, spec.width, text, context.comm, context.seed)
     return Stage(
         module=module,
         collate=CollateTexts(text.tokenizer, config.text.max_length, context.seed),

@@ -6,7 +6,8 @@ padding, N image tokens, D image width, X queries x heads, M model width, H head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.models.headwise import narrow_heads, widen_heads
+from isthmus.models.noise import KeyedDropout, subkeys
 from isthmus.models.packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]
@@ -30,26 +32,34 @@ def merge_heads(x_BHSd: Tensor) -> Tensor:
     return x_BHSd.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Attention of queries [B, H, S, d] to keys and values [B, H, K, d]: what they see, [B, H, S, d].
 
     Args:
         allowed: bool, broadcastable to [B, H, S, K], True where a row may look; None lets all look at all.
-        dropout: of the attention weights.
+        drop: dropout of the attention weights [B, H, S, K]; None where there is none.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return _written_out(query, key, value, allowed, dropout)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+    if drop is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+        return _written_out(query, key, value, allowed, drop)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
-def _written_out(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, drop: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """The same sum as matrix products, the softmax in float32. torch's fused kernel takes CPUs two to four times as
-    long to differentiate in bf16."""
+    long to differentiate in bf16, and draws dropout from the process's own generator."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    return F.dropout(weights, dropout) @ value
+    return (weights if drop is None else drop(weights)) @ value
 
 
 class SelfAttention(nn.Module):
@@ -63,11 +73,11 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float, eps: float) -> None:
         super().__init__()
-        self.heads, self.attention_dropout = heads, dropout
+        self.heads, self.weights_dropout = heads, KeyedDropout(dropout)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
 
     def forward(
         self,
@@ -76,6 +86,7 @@ class SelfAttention(nn.Module):
         allowed: Tensor | None,
         past: KeyValue | None = None,
         leading: int | None = None,
+        noise_BS: Tensor | None = None,
     ) -> tuple[Tensor, Packing, KeyValue]:
         """Output rows [R, M], their packing, and this block's keys and values, those of ``past`` first.
 
@@ -86,6 +97,7 @@ class SelfAttention(nn.Module):
                 Nothing may look at padding.
             past: keys and values of rows that came before.
             leading: only so many first places of each sequence ask, and are put out; all are asked.
+            noise_BS: int64 keys of the places, for dropout.
         """
         key, value = (split_heads(packing.spread(part(x_RM)), self.heads) for part in (self.key, self.value))
         if past is not None:
@@ -93,11 +105,26 @@ class SelfAttention(nn.Module):
         if leading is not None:
             packing, x_RM = packing.leading(x_RM, leading)
             allowed = allowed[..., :leading, :] if allowed is not None else None
+            noise_BS = noise_BS[:, :leading] if noise_BS is not None else None
         query = split_heads(packing.spread(self.query(x_RM)), self.heads)
-        p = self.attention_dropout if self.training else 0.0
-        seen = attend(query, key, value, allowed, p)
+        seen = attend(query, key, value, allowed, _drop(self.weights_dropout, noise_BS, self.heads))
         seen_RM = packing.collect(merge_heads(seen))
-        return self.norm(self.dropout(self.output(seen_RM)) + x_RM), packing, (key, value)
+        noise_R = packing.collect_keys(noise_BS)
+        return self.norm(self.dropout(self.output(seen_RM), noise_R) + x_RM), packing, (key, value)
+
+
+def _drop(dropout: KeyedDropout, noise_BS: Tensor | None, heads: int) -> Callable[[Tensor], Tensor] | None:
+    """Dropout of attention weights [B, H, S, K] by the keys of the rows that ask."""
+    if not dropout.awake:
+        return None
+    return functools.partial(dropout, keys=_by_head(noise_BS, heads))
+
+
+def _by_head(noise_BS: Tensor | None, heads: int) -> Tensor | None:
+    """Keys [B, H, S] of attention weights."""
+    if noise_BS is None:
+        return None
+    return subkeys(noise_BS.unsqueeze(1), torch.arange(heads, device=noise_BS.device).unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -180,12 +207,12 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, image_width: int, heads: int, dropout: float, eps: float) -> None:
         super().__init__()
-        self.heads, self.attention_dropout = heads, dropout
+        self.heads, self.weights_dropout = heads, KeyedDropout(dropout)
         self.query = nn.Linear(width, width)
         self.key, self.value = ImageLinear(image_width, width), ImageLinear(image_width, width)
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
 
     @staticmethod
     def direct_is_cheaper(queries: int, tokens: int, width: int, heads: int, uses: float) -> bool:
@@ -197,13 +224,15 @@ class CrossAttention(nn.Module):
         key, value = (F.linear(image.tokens_BND, *linear(image)) for linear in (self.key, self.value))
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
-    def forward(self, x_BSM: Tensor, image: ImageTokens, kv: KeyValue | None) -> Tensor:
+    def forward(self, x_BSM: Tensor, image: ImageTokens, kv: KeyValue | None, noise_BS: Tensor | None = None) -> Tensor:
         query_BHSd = split_heads(self.query(x_BSM), self.heads)
-        p = self.attention_dropout if self.training else 0.0
-        seen = self._direct(query_BHSd, image, p) if kv is None else merge_heads(attend(query_BHSd, *kv, None, p))
-        return self.norm(self.dropout(self.output(seen)) + x_BSM)
+        if kv is None:
+            seen = self._direct(query_BHSd, image, noise_BS)
+        else:
+            seen = merge_heads(attend(query_BHSd, *kv, None, _drop(self.weights_dropout, noise_BS, self.heads)))
+        return self.norm(self.dropout(self.output(seen), noise_BS) + x_BSM)
 
-    def _direct(self, query_BHSd: Tensor, image: ImageTokens, p: float) -> Tensor:
+    def _direct(self, query_BHSd: Tensor, image: ImageTokens, noise_BS: Tensor | None) -> Tensor:
         B, H, S, d = query_BHSd.shape
         tokens_BND = image.tokens_BND
         (key_MD, key_M), (value_MD, value_M) = self.key(image), self.value(image)
@@ -214,7 +243,11 @@ class CrossAttention(nn.Module):
         shift_BX1 = torch.bmm(rows_HRd, key_M.view(H, d, 1)).view(H, B, S).permute(1, 2, 0).reshape(B, S * H, 1)
         scores_BXN = torch.bmm(asked_BXD, tokens_BND.transpose(1, 2)) + shift_BX1
         exact = torch.promote_types(scores_BXN.dtype, torch.float32)
-        weights_BXN = F.dropout(scores_BXN.softmax(-1, dtype=exact).to(tokens_BND.dtype), p)
+        weights_BXN = scores_BXN.softmax(-1, dtype=exact).to(tokens_BND.dtype)
+        if self.weights_dropout.awake:
+            keys_BHS = _by_head(noise_BS, H)
+            keys_BX = keys_BHS.transpose(1, 2).flatten(1) if keys_BHS is not None else None
+            weights_BXN = self.weights_dropout(weights_BXN, keys_BX)
         mixed_RHD = torch.bmm(weights_BXN, tokens_BND).view(B * S, H, -1)
         seen_HRd = narrow_heads(mixed_RHD, value_MD.view(H, d, -1).to(mixed_RHD.dtype))
         share_HR1 = weights_BXN.sum(-1).view(B * S, H).t().unsqueeze(-1)  # 1 but for dropout

@@ -67,6 +67,12 @@ class Packing:
         x = x_BSM.reshape(self.sequences * self.length, -1)
         return x if self.places_R is None else x.index_select(0, self.places_R)
 
+    def collect_keys(self, keys_BS: Tensor | None) -> Tensor | None:
+        """The rows' keys [R] of a grid's; None of None."""
+        if keys_BS is None:
+            return None
+        return keys_BS.flatten() if self.places_R is None else keys_BS.flatten().index_select(0, self.places_R)
+
     def leading(self, x_RM: Tensor, length: int) -> tuple[Packing, Tensor]:
         """Each sequence's first ``length`` places alone: their packing, and their rows of ``x_RM``."""
         queries = min(self.queries, length)

@@ -8,17 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from isthmus.models.noise import KeyedDropout, subkeys
+
 
 class TokenProjector(nn.Module):
-    """Norm and dropout, then a linear path and a two-layer path, added. [..., D] -> [..., E]."""
+    """Norm and dropout, then a linear path and a two-layer path, added. [..., D] -> [..., E].
+
+    ``noise`` in this file: int64 keys of the vectors (shape ...) or of the sequences [B], for dropout.
+    """
 
     def __init__(self, width: int, embed: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width), KeyedDropout(dropout)
         self.linear, self.up, self.down = nn.Linear(width, embed), nn.Linear(width, embed), nn.Linear(embed, embed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.norm(x))
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = self.dropout(self.norm(x), noise)
         return self.linear(x) + self.down(nn.functional.gelu(self.up(x)))
 
 
@@ -28,11 +33,11 @@ class HeadProjector(nn.Module):
     def __init__(self, width: int, embed: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, embed), nn.Linear(embed, embed)
-        self.norm, self.dropout = nn.LayerNorm(embed), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(embed), KeyedDropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         p = self.first(x)
-        return self.norm(p + self.dropout(self.second(nn.functional.gelu(p))))
+        return self.norm(p + self.dropout(self.second(nn.functional.gelu(p)), noise))
 
 
 class ImageProjector(nn.Module):
@@ -51,10 +56,13 @@ class ImageProjector(nn.Module):
         self.tokens = TokenProjector(width, embed, dropout)
         self.class_token = TokenProjector(width, embed, dropout) if class_token else None
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
         rest_BND = x_BND[:, 1:] if self.class_token is not None else x_BND
-        out_BE = self.tokens(rest_BND.mean(1)) if self.pool_first else self.tokens(rest_BND).mean(1)
-        return out_BE if self.class_token is None else out_BE + self.class_token(x_BND[:, 0])
+        if self.pool_first:
+            out_BE = self.tokens(rest_BND.mean(1), noise_B)
+        else:
+            out_BE = self.tokens(rest_BND, _by_place(noise_B, rest_BND.shape[1])).mean(1)
+        return out_BE if self.class_token is None else out_BE + self.class_token(x_BND[:, 0], noise_B)
 
 
 class TextProjector(nn.Module):
@@ -65,9 +73,15 @@ class TextProjector(nn.Module):
         self.tokens = TokenProjector(width, embed, dropout) if per_token else None
         self.head = HeadProjector(embed if per_token else width, embed, dropout)
 
-    def forward(self, x: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask_BT: Tensor | None = None, noise_B: Tensor | None = None) -> Tensor:
         """``x`` is [B, T, D] with ``mask_BT`` for per-token projectors, else [B, D]."""
         if self.tokens is None:
-            return self.head(x)
+            return self.head(x, noise_B)
         weight_BT1 = (mask_BT if mask_BT is not None else torch.ones_like(x[..., 0])).unsqueeze(-1).to(x.dtype)
-        return self.head((self.tokens(x) * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))
+        tokens_BTE = self.tokens(x, _by_place(noise_B, x.shape[1]))
+        return self.head((tokens_BTE * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1), noise_B)
+
+
+def _by_place(noise_B: Tensor | None, places: int) -> Tensor | None:
+    """Keys [B, places] of a sequence's vectors."""
+    return None if noise_B is None else subkeys(noise_B.unsqueeze(1), torch.arange(places, device=noise_B.device))

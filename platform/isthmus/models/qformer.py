@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from isthmus.config import QFormerConfig
 from isthmus.errors import WeightsError
 from isthmus.models.attention import CrossAttention, ImageMemory, ImageTokens, KeyValue, SelfAttention
+from isthmus.models.noise import KeyedDropout, number_sites, subkeys
 from isthmus.models.packing import Packing
 
 EPS = 1e-12  # BERT's
@@ -56,10 +57,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.dropout(self.down(nn.functional.gelu(self.up(x)))) + x)
+    def forward(self, x_RM: Tensor, noise_R: Tensor | None = None) -> Tensor:
+        return self.norm(self.dropout(self.down(nn.functional.gelu(self.up(x_RM))), noise_R) + x_RM)
 
 
 class QFormerLayer(nn.Module):
@@ -82,18 +83,22 @@ class QFormerLayer(nn.Module):
         kv: KeyValue | None,
         past: KeyValue | None,
         leading: int | None = None,
+        noise_BS: Tensor | None = None,
     ) -> tuple[Tensor, Packing, KeyValue]:
-        """``x_RM`` holds all query rows, then all text rows; either may be none. The last of the arguments leaves only
-        so many first places of each sequence."""
-        x_RM, packing, keys_values = self.attention(x_RM, packing, allowed, past, leading)
+        """``x_RM`` holds all query rows, then all text rows; either may be none. ``leading`` leaves only so many first
+        places of each sequence."""
+        x_RM, packing, keys_values = self.attention(x_RM, packing, allowed, past, leading, noise_BS)
+        noise_BS = noise_BS[:, : packing.length] if noise_BS is not None else None
+        noise_R = packing.collect_keys(noise_BS)
         queries, parts = packing.query_rows, []
         if queries:
             query_BQM = x_RM[:queries].view(packing.sequences, packing.queries, -1)
             if self.cross is not None and image is not None:
-                query_BQM = self.cross(query_BQM, image, kv)
-            parts.append(self.query_ffn(query_BQM.flatten(0, 1)))
+                noise_BQ = noise_BS[:, : packing.queries] if noise_BS is not None else None
+                query_BQM = self.cross(query_BQM, image, kv, noise_BQ)
+            parts.append(self.query_ffn(query_BQM.flatten(0, 1), noise_R[:queries] if noise_R is not None else None))
         if len(x_RM) > queries and self.text_ffn is not None:
-            parts.append(self.text_ffn(x_RM[queries:]))
+            parts.append(self.text_ffn(x_RM[queries:], noise_R[queries:] if noise_R is not None else None))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)), packing, keys_values
 
 
@@ -141,7 +146,7 @@ class QFormer(nn.Module):
         self.config, self.recompute = config, recompute
         M = config.width
         self.queries = nn.Parameter(torch.empty(1, config.queries, M))
-        self.embedding_norm, self.dropout = nn.LayerNorm(M, eps=EPS), nn.Dropout(config.dropout)
+        self.embedding_norm, self.dropout = nn.LayerNorm(M, eps=EPS), KeyedDropout(config.dropout)
         self.words = nn.Embedding(vocab + 1, M) if vocab is not None else None
         self.positions = nn.Embedding(positions, M) if vocab is not None else None
         self.layers: list[QFormerLayer] = nn.ModuleList(  # type: ignore[assignment]
@@ -150,6 +155,7 @@ class QFormer(nn.Module):
         )
         self.lm_head = LanguageHead(self.words.weight) if self.words is not None and head else None
         self._initialise()
+        number_sites(self)
 
     @property
     def dec_id(self) -> int:
@@ -195,6 +201,7 @@ class QFormer(nn.Module):
         causal: bool = False,
         past: tuple[KeyValue, ...] | None = None,
         leading: int | None = None,
+        noise_B: Tensor | None = None,
     ) -> QFormerOutput:
         """One pass; the table at the top of this file says which.
 
@@ -205,6 +212,8 @@ class QFormer(nn.Module):
             causal: text rows see earlier text only, and queries see no text.
             past: keys and values of the queries (and earlier text); the rows given are text, and causal.
             leading: the caller reads only so many first rows (queries come first): the last layer makes no others.
+            noise_B: int64 keys of the sequences (:func:`isthmus.models.noise.row_keys`), for dropout; without them it
+                is drawn from the process's generator.
         """
         c = self.config
         now_BT = None  # the mask of the tokens that this pass is given
@@ -218,11 +227,15 @@ class QFormer(nn.Module):
         if ids_BT is not None and now_BT is not None:
             before = past[0][0].shape[2] - c.queries if past is not None else 0
             parts.append(self._embed_text(ids_BT, now_BT, before))
-        x_RM = self.dropout(self.embedding_norm(torch.cat(parts) if len(parts) > 1 else parts[0]))
+        noise_BS = None
+        if noise_B is not None and self.dropout.awake:
+            noise_BS = subkeys(noise_B.unsqueeze(1), torch.arange(packing.length, device=noise_B.device))
+        embedded_RM = self.embedding_norm(torch.cat(parts) if len(parts) > 1 else parts[0])
+        x_RM = self.dropout(embedded_RM, packing.collect_keys(noise_BS))
         allowed = None
         if ids_BT is not None and mask_BT is not None:
             allowed = _allowed(mask_BT, ids_BT.shape[1], packing.queries, c.queries if past is not None else 0, causal)
-        x_RM, packing, kept = self._run(x_RM, packing, allowed, image, past, leading)
+        x_RM, packing, kept = self._run(x_RM, packing, allowed, image, past, leading, noise_BS)
         queries = packing.query_rows
         return QFormerOutput(
             x_RM[:queries].view(sequences, packing.queries, -1) if image is not None else None,
@@ -230,12 +243,12 @@ class QFormer(nn.Module):
             kept,
         )
 
-    def pooled_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def pooled_text(self, ids_BT: Tensor, mask_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
         """One vector for each text from the text pass, [B, M]: its first token's last hidden state, or, with
         ``text_pool: mean``, the mean over its tokens."""
         if self.config.text_pool == "first":
-            return self(None, ids_BT, mask_BT, leading=1).text_BTM[:, 0]
-        hidden_BTM = self(None, ids_BT, mask_BT).text_BTM
+            return self(None, ids_BT, mask_BT, leading=1, noise_B=noise_B).text_BTM[:, 0]
+        hidden_BTM = self(None, ids_BT, mask_BT, noise_B=noise_B).text_BTM
         return hidden_BTM.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)  # hidden states of padding are zero
 
     def _run(
@@ -246,6 +259,7 @@ class QFormer(nn.Module):
         image: ImageMemory | None,
         past: tuple[KeyValue, ...] | None,
         leading: int | None,
+        noise_BS: Tensor | None,
     ) -> tuple[Tensor, Packing, tuple[KeyValue, ...]]:
         """All layers over embedded rows; the rows' packing and each layer's keys and values beside the result."""
         kept: list[KeyValue] = []
@@ -256,7 +270,8 @@ class QFormer(nn.Module):
                 kv, crossed = image.kv[crossed], crossed + 1
             earlier = past[i] if past is not None else None
             lead = leading if i + 1 == len(self.layers) else None
-            arguments = (x_RM, packing, allowed, image.image if image is not None else None, kv, earlier, lead)
+            tokens = image.image if image is not None else None
+            arguments = (x_RM, packing, allowed, tokens, kv, earlier, lead, noise_BS)
             if self.recompute and self.training:
                 x_RM, packing, keys_values = checkpoint(layer, *arguments, use_reentrant=False)
             else:

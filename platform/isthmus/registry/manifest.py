@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "tracking",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_best",
     "train.log_every",
 )
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
@@ -38,6 +39,7 @@ ROUNDING = ("train.gradient_checkpointing", "zero.stage")
 MAY_GROW = "train.steps"
 
 CAME_LATER = {
+    "data.augment": True,
     "method.language.max_length_of": "caption",
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
@@ -102,6 +104,15 @@ def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
         "parent": [parent.get("name"), parent.get("version")],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def run_identity(run: RunConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
+    """What stays the same over all tries of a run, as digests by name. Other checkpoints are not the run's."""
+    fixed = {k: v for k, v in settled_fields(run).items() if k not in ("name", MAY_GROW, *ROUNDING)}
+    known = {k: v for k, v in fixed.items() if k not in CAME_LATER or v != CAME_LATER[k]}
+    recipe = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    data = lineage.get("data", {}).get("digest")
+    return {"recipe": recipe, **({"data": data} if data else {})}
 
 
 def lineage(run: RunConfig, *, data_digest: str, samples: int, parent: ModelVersion | None) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 One folder per checkpoint, ``checkpoints/step-00000200-a1``: every rank's share of the training state (trained
 parameters and AdamW's moments by name, never frozen ones), every rank's random-number state, and last of all
-``manifest.json`` with the sizes and sha256 of the rest. A folder without a manifest, or one whose files do not match
-it, is passed over with the reason. The attempt's number is in the name, so a restart never writes into what an earlier
-try left behind.
+``manifest.json`` with the sizes and sha256 of the rest and with what the run is. A folder without a manifest, one whose
+files do not match it, or one of another run is passed over with the reason. The attempt's number is in the name, so a
+restart never writes into what an earlier try left behind.
+
+Training waits only while the state is copied out of the engine. A thread of each rank writes its share meanwhile; when
+all are done the ranks meet once more, and rank 0 writes the manifest.
 """
 
 from __future__ import annotations
@@ -12,29 +15,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from isthmus import storage
 from isthmus.errors import StorageError
 from isthmus.training.comm import TorchComm
+from isthmus.training.randomness import random_state, set_random_state
 from isthmus.training.state import gather_state
 
 MANIFEST = "manifest.json"
 _TAG = "state"
 _NAME = re.compile(r"^step-(\d+)-a(\d+)$")
 _CHUNK = 1 << 22
+_MAKE_ROOM = "Make room there, or set storage to another place."
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Checkpoint:
         attempt: which try of the run wrote it.
         world_size, zero_stage: of the group that wrote it; another may go on from it.
         files: path inside the folder -> (bytes, sha256).
+        run: what it is a state of: digests of the recipe, the data and the frozen parts.
+        score: the watched metric's mean since the checkpoint before; None where none is watched.
     """
 
     url: str
@@ -55,42 +61,120 @@ class Checkpoint:
     world_size: int
     zero_stage: int
     files: Mapping[str, tuple[int, str]]
+    run: Mapping[str, str] = field(default_factory=dict)
+    score: float | None = None
 
 
-def save(engine: Any, root: str, step: int, *, attempt: int, zero_stage: int, comm: TorchComm) -> str:
-    """Write a checkpoint; collective. Every rank stages its own files, moves them into place, and rank 0 then writes
-    the manifest from what all ranks report.
+Files = dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that this rank's thread is writing.
+
+    Attributes:
+        facts: the checkpoint as it will be, but for its files.
+        written: this rank's files, when they are in place.
+    """
+
+    facts: Checkpoint
+    written: Future[Files]
+
+    @property
+    def step(self) -> int:
+        return self.facts.step
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's files are in place, or could not be put there."""
+        return self.written.done()
+
+
+def begin(
+    engine: Any,
+    root: str,
+    step: int,
+    *,
+    attempt: int,
+    zero_stage: int,
+    comm: TorchComm,
+    run: Mapping[str, str] | None = None,
+    score: float | None = None,
+) -> Pending:
+    """Copy the state out of the engine, which is collective, and start writing this rank's share of it.
+
+    Args:
+        run, score: see :class:`Checkpoint`.
+
+    Returns:
+        What :func:`settle` ends. Until then the checkpoint does not count.
+    """
+    url = storage.join(root, f"step-{step:08d}-a{attempt}")
+    share = gather_state(engine, stage=zero_stage, rank=comm.rank, world=comm.world_size)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    written = pool.submit(_write_share, url, comm.rank, share, random_state())
+    pool.shutdown(wait=False)
+    return Pending(Checkpoint(url, step, attempt, comm.world_size, zero_stage, {}, dict(run or {}), score), written)
+
+
+def settle(pending: Pending, comm: TorchComm) -> str:
+    """Wait for the writing and close the checkpoint with its manifest; collective.
 
     Returns:
         The URL of the checkpoint's folder.
 
     Raises:
-        StorageError: a rank's files are not where rank 0 looks for them (a local folder that the nodes do not share).
+        StorageError: on every rank alike, where one could not write (a full disk), or its files are not where rank 0
+            looks for them (a local folder that the nodes do not share). Rank 0 has then deleted what there is.
     """
-    url = storage.join(root, f"step-{step:08d}-a{attempt}")
-    with _staging(url, comm.rank) as staging:
-        share = gather_state(engine, stage=zero_stage, rank=comm.rank, world=comm.world_size)
+    url = pending.facts.url
+    try:
+        mine: Files | str = pending.written.result()
+    except (OSError, StorageError, SafetensorError) as error:
+        mine = f"The checkpoint {url} could not be written: {error}"
+    parts = comm.collect(mine)
+    fault, mend = next((part for part in parts if isinstance(part, str)), None), _MAKE_ROOM
+    if fault is None:
+        whole = replace(pending.facts, files={name: facts for part in parts for name, facts in part.items()})
+        fault, mend = comm.broadcast(_write_manifest(whole) if comm.rank == 0 else None)
+    if fault is not None:
+        if comm.rank == 0:  # what is torn only takes the room that the next one needs
+            with contextlib.suppress(OSError, StorageError):
+                storage.delete(url)
+        raise StorageError(fault, mend)
+    return url
+
+
+def save(engine: Any, root: str, step: int, *, comm: TorchComm, **facts: Any) -> str:
+    """:func:`begin` and :func:`settle` in one."""
+    return settle(begin(engine, root, step, comm=comm, **facts), comm)
+
+
+def _write_share(url: str, rank: int, share: Mapping[str, torch.Tensor], random: Mapping[str, torch.Tensor]) -> Files:
+    mine: Files = {}
+    with _staging(url, rank) as staging:
         (staging / _TAG).mkdir(parents=True)
-        save_file(share, staging / _TAG / f"training-{comm.rank:05d}.safetensors")
-        save_file(random_state(), staging / _TAG / f"random-{comm.rank:05d}.safetensors")
-        mine = {}
+        save_file(dict(share), staging / _TAG / f"training-{rank:05d}.safetensors")
+        save_file(dict(random), staging / _TAG / f"random-{rank:05d}.safetensors")
         for file in sorted(p for p in staging.rglob("*") if p.is_file()):
             name = file.relative_to(staging).as_posix()
             mine[name] = (file.stat().st_size, _sha256(file))
             put_file(file, storage.join(url, *name.split("/")))
-    files = {name: facts for part in comm.collect(mine) for name, facts in part.items()}
-    fault = _write_manifest(url, step, attempt, zero_stage, comm.world_size, files) if comm.rank == 0 else None
-    if fault := comm.broadcast(fault):
-        raise StorageError(fault, "Set storage to a folder that all nodes share, or to an s3:// URL.")
-    return url
+    return mine
 
 
-def newest(root: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint below ``root`` and, for every newer one that is not whole, why it was passed over."""
+def newest(root: str, run: Mapping[str, str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint below ``root`` and, for every newer one that does not count, why it was passed over.
+
+    Args:
+        run: what the checkpoint has to be a state of; facts that either side lacks are not compared.
+    """
     skipped: list[str] = []
     for url, present in _folders(root):
         try:
-            return _verified(url, present), skipped
+            found = _verified(url, present)
+            _check_run(found, run or {})
+            return found, skipped
         except (StorageError, ValueError, KeyError) as error:
             skipped.append(f"{url}: {error}")
     return None, skipped
@@ -139,18 +223,43 @@ class Restored:
             set_random_state(load_file(self._random))
 
 
-def prune(root: str, keep: int) -> None:
+def _check_run(found: Checkpoint, run: Mapping[str, str]) -> None:
+    other = [f"{n} {found.run[n][:12]} instead of {run[n][:12]}" for n in run if found.run.get(n, run[n]) != run[n]]
+    if other:
+        raise ValueError(f"it belongs to another run ({', '.join(other)})")
+
+
+def prune(root: str, keep: int, *, keep_best: bool = False) -> None:
     """Delete all but the ``keep`` newest whole checkpoints, and every torn one that is older than those.
 
     A manifest goes before its files, so a deletion that is cut short leaves no folder that looks whole.
+
+    Args:
+        keep_best: the checkpoint with the lowest score stays too, and is not counted.
     """
+    folders = _folders(root)
+    best = _best(folders) if keep_best else None
     whole = 0
-    for url, present in _folders(root):
+    for url, present in folders:
+        if url == best:
+            continue
         if MANIFEST in present and whole < keep:
             whole += 1
         elif whole >= keep:
             storage.delete(storage.join(url, MANIFEST))
             storage.delete(url)
+
+
+def _best(folders: list[tuple[str, dict[str, int]]]) -> str | None:
+    """The folder of the lowest score; the earliest step of equals."""
+    scores = []
+    for url, present in folders:
+        if MANIFEST in present:
+            with contextlib.suppress(ValueError, StorageError):
+                score = json.loads(storage.read_bytes(storage.join(url, MANIFEST))).get("score")
+                if score is not None:
+                    scores.append((score, _key(url), url))
+    return min(scores)[2] if scores else None
 
 
 def _folders(root: str) -> list[tuple[str, dict[str, int]]]:
@@ -186,20 +295,26 @@ def _verified(url: str, present: Mapping[str, int]) -> Checkpoint:
             raise ValueError(f"{name} has {present.get(name, 'no')} bytes instead of {size}")
         if _sha256_url(storage.join(url, *name.split("/"))) != digest:
             raise ValueError(f"{name} does not match its sha256")
-    return Checkpoint(url, facts["step"], facts["attempt"], facts["world_size"], facts["zero_stage"], files)
+    return Checkpoint(
+        url, facts["step"], facts["attempt"], facts["world_size"], facts["zero_stage"], files,
+        facts.get("run", {}), facts.get("score"),
+    )  # fmt: skip
 
 
-def _write_manifest(
-    url: str, step: int, attempt: int, zero_stage: int, world: int, files: dict[str, tuple[int, str]]
-) -> str | None:
-    """Write the manifest; the reason instead where a reported file is not to be seen from here."""
-    for name, (size, _) in files.items():
-        place = storage.join(url, *name.split("/"))
+def _write_manifest(whole: Checkpoint) -> tuple[str | None, str]:
+    """Write the manifest; the reason and the mend instead where it cannot be, or a file is not to be seen from here."""
+    for name, (size, _) in whole.files.items():
+        place = storage.join(whole.url, *name.split("/"))
         if not storage.exists(place) or storage.size(place) != size:
-            return f"The checkpoint file {place} that a worker wrote is not visible to the first worker."
-    facts = {"step": step, "attempt": attempt, "world_size": world, "zero_stage": zero_stage, "files": files}
-    storage.write_bytes(storage.join(url, MANIFEST), json.dumps(facts, indent=1).encode())
-    return None
+            fault = f"The checkpoint file {place} that a worker wrote is not visible to the first worker."
+            return fault, "Set storage to a folder that all nodes share, or to an s3:// URL."
+    facts = {name: value for name, value in asdict(whole).items() if name != "url"}
+    try:
+        storage.write_bytes(storage.join(whole.url, MANIFEST), json.dumps(facts, indent=1).encode())
+    except (OSError, StorageError) as error:
+        fault = f"The checkpoint {whole.url} could not be closed: {error}"
+        return fault, _MAKE_ROOM
+    return None, ""
 
 
 @contextlib.contextmanager
@@ -244,39 +359,6 @@ def _local_copy(found: Checkpoint, rank: int) -> Iterator[Path]:
             with storage.open_input(storage.join(found.url, *name.split("/"))) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, _CHUNK)
         yield Path(temporary)
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """The process's random-number state as tensors."""
-    numbers: Any = np.random.get_state()
-    assert numbers[0] == "MT19937"
-    _, keys, position, has_gauss, gauss = numbers
-    version, words, held = random.getstate()
-    assert version == 3
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy.keys": torch.from_numpy(keys.astype(np.int64)),
-        "numpy.place": torch.tensor([position, has_gauss]),
-        "numpy.gauss": torch.tensor([gauss], dtype=torch.float64),
-        "python.words": torch.tensor(words, dtype=torch.int64),
-        "python.gauss": torch.tensor([] if held is None else [held], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state |= {f"cuda.{i}": device for i, device in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """What :func:`random_state` gave, in force again."""
-    torch.set_rng_state(state["torch"])
-    devices = [state[name] for name in sorted((n for n in state if n.startswith("cuda.")), key=lambda n: int(n[5:]))]
-    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(devices)
-    position, has_gauss = state["numpy.place"].tolist()
-    keys = state["numpy.keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy.gauss"][0])))
-    held = state["python.gauss"].tolist()
-    random.setstate((3, tuple(state["python.words"].tolist()), held[0] if held else None))
 
 
 def _sha256(file: Path) -> str:

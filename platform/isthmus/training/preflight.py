@@ -66,7 +66,6 @@ def check(run: RunConfig) -> Plan:
         raise ConfigError(
             f"No method is called '{run.method.name}'.{nearest(run.method.name, METHODS)}", f"Known: {known}."
         )
-    _check_placement(run)
     storage.ensure_writable(storage.join(run.storage, run.name))
     samples, digest = _data_facts(run)
     uri = tracking_uri(run.tracking)
@@ -104,14 +103,6 @@ def read_json(url: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _check_placement(run: RunConfig) -> None:
-    if run.data.placement == "streamed":
-        raise ConfigError(
-            "data.placement 'streamed' is not available for training.",
-            "Use 'cached' (encode once with `isthmus data cache`) or 'inline'.",
-        )
 
 
 def _check_vision(run: RunConfig) -> None:

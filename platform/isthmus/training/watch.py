@@ -82,6 +82,8 @@ class Watch:
             self.quarantine.with_name("freezing.txt").write_text(event["table"] + "\n", encoding="utf-8")
         elif kind == "skipped":
             self.say(f"A checkpoint was passed over: {event['reason']}")
+        elif kind == "unwritten":
+            self.say(f"The checkpoint of step {event['step']} was left out. {event['reason']}")
         elif kind == "resumed" and self.shown:
             self.say(f"Run '{self.run.name}' resumes at step {event['step']}.")
         elif kind == "start" and self._tracker is not None and self._tracker.unit == "workers":

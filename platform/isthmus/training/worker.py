@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -19,10 +20,14 @@ import torch
 from isthmus import storage
 from isthmus.config import RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
+from isthmus.data.parallel import store_environment
 from isthmus.data.quarantine import check_cut
-from isthmus.errors import IsthmusError
+from isthmus.data.streamed import Encoding, encoder_base
+from isthmus.errors import ConfigError, IsthmusError, StorageError, nearest
+from isthmus.methods.artefact import check_bases, read_bases
 from isthmus.models.freezing import freeze, verdict_table
 from isthmus.models.partition import whole_shape
+from isthmus.registry.manifest import run_identity
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
 from isthmus.training.optimizer import learning_rate
@@ -35,6 +40,9 @@ from isthmus.training.zero import (
     set_learning_rate,
     trained_norm,
 )
+
+_MOST_UNWRITTEN = 3
+"""Checkpoints in a row that could not be written and that a run bears."""
 
 _PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store|cuda error", re.IGNORECASE)
 """What torch, gloo and NCCL write into the plain RuntimeError by which one hears of a dead peer or a lost device."""
@@ -193,6 +201,11 @@ class Worker:
         self.device, self.out, self.comm = device, out, TorchComm()
         self.failed = self.cut = self.seen = 0
         self.first = self.comm.rank == 0
+        self.encoder: Base | None = None
+        self.pending: checkpoint.Pending | None = None
+        self.all_written = True
+        self.unwritten = 0
+        self.watched: list[float] = []
         self._note("start", pid=os.getpid(), rank=self.comm.rank, host=socket.gethostname())
 
     def train(self) -> None:
@@ -238,7 +251,7 @@ class Worker:
         """Build the engine, from the newest whole checkpoint where there is one. Returns the steps done."""
         found, self.attempt = None, 1
         if self.first:
-            found, skipped = checkpoint.newest(self.job.checkpoints)
+            found, skipped = checkpoint.newest(self.job.checkpoints, self._identity())
             self.attempt = checkpoint.last_attempt(self.job.checkpoints) + 1
             for reason in skipped:
                 self._note("skipped", reason=reason)
@@ -263,11 +276,12 @@ class Worker:
         from isthmus.data.order import Order
         from isthmus.data.stream import train_batches
 
-        order = Order(self.job.samples, self.train_config.global_batch, self.train_config.seed)
+        config, data = self.train_config, self.run.data
+        order = Order(self.job.samples, config.global_batch, config.seed, data.shuffle_pool)
         batches = iter(
             train_batches(
-                self.run.data, self.stage, order, self.comm.rank, self.comm.world_size, start,
-                self.train_config.steps, self.train_config.seed, self._on_failure,
+                data, self.stage, order, self.comm.rank, self.comm.world_size, start, config.steps, config.seed,
+                self._on_failure, self._encoding(), self._on_encoder,
             )
         )  # fmt: skip
         while True:
@@ -277,6 +291,26 @@ class Worker:
             except StopIteration:
                 return
             yield batch.to(self.device), time.perf_counter() - began
+
+    def _encoding(self) -> Encoding | None:
+        if self.run.data.placement != "streamed":
+            return None
+        cluster = self.run.cluster
+        return Encoding(
+            self.run.method.vision,  # type: ignore[attr-defined]  # every method that is streamed has one
+            self.precision == "bf16",
+            cluster.encoders,
+            cluster.cpus_per_encoder,
+            cluster.gpus_per_encoder,
+            cluster.encoder_resources,
+            store_environment(),
+        )
+
+    def _on_encoder(self, digest: str) -> None:
+        """The encoder of a streamed run has said who it is; a parent's must be the same."""
+        self.encoder = encoder_base(self.run.method.vision, digest)  # type: ignore[attr-defined]
+        if self.job.parent is not None:
+            check_bases(read_bases(self.job.parent), [self.encoder])
 
     def _on_failure(self, failure: Any) -> None:
         """Count an unreadable sample and name it to the driver; the stream's budget stops when there are too many."""
@@ -299,15 +333,21 @@ class Worker:
             self._stop_not_finite(step, batch, values)
         self._count(batch, waited_s)
         self.window.add(values)
+        self._watch(step, values)
+        if self.pending is not None and self.all_written:
+            self._settle()
         done = step + 1
         if done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0:
             self._log(done, batch.epoch, rate)
 
     def _reduced(self, terms: LossTerms) -> dict[str, float]:
-        """The loss, its parts and the metrics as global values: one small all-reduce."""
+        """The loss, its parts and the metrics as global values: one small all-reduce. It also tells whether every rank
+        has written its share of the checkpoint under way."""
         named = {"loss": terms.total, **{f"loss_{k}": v for k, v in terms.parts.items()}, **terms.metrics}
-        stacked = torch.stack([value.detach().float().reshape(()) for value in named.values()])
-        mean = (self.comm.sum(stacked) / self.comm.world_size).tolist()
+        written = torch.tensor(float(self.pending is None or self.pending.done), device=self.device)
+        stacked = torch.stack([value.detach().float().reshape(()) for value in (*named.values(), written)])
+        *mean, share = (self.comm.sum(stacked) / self.comm.world_size).tolist()
+        self.all_written = share == 1.0
         return dict(zip(named, mean, strict=True))
 
     def _stop_not_finite(self, step: int, batch: Batch, values: Mapping[str, float]) -> None:
@@ -351,14 +391,59 @@ class Worker:
         }
         self.out.append({"step": done, "time": time.time(), "metrics": values})
 
+    def _identity(self) -> dict[str, str]:
+        """What every checkpoint of this run is a state of."""
+        bases = {f"{base.role} weights": base.digest for base in self.stage.bases}
+        return run_identity(self.run, self.job.lineage) | bases
+
+    def _watch(self, step: int, values: Mapping[str, float]) -> None:
+        """Take in the value that decides which checkpoint is the best."""
+        name = self.train_config.keep_best
+        if name is None:
+            return
+        if name in values:
+            self.watched.append(values[name])
+        elif step == 0:  # later steps may leave a loss out
+            raise ConfigError(
+                f"train.keep_best is '{name}', which this method does not log.{nearest(name, values)}",
+                f"It logs: {', '.join(values)}.",
+            )
+
     def _checkpoint(self, done: int) -> None:
-        checkpoint.save(
+        if self.pending is not None:
+            self._settle()
+        self.pending = checkpoint.begin(
             self.engine, self.job.checkpoints, done,
-            attempt=self.attempt, zero_stage=self.run.zero.stage, comm=self.comm,
+            attempt=self.attempt, zero_stage=self.run.zero.stage, comm=self.comm, run=self._identity(),
+            score=sum(self.watched) / len(self.watched) if self.watched else None,
         )  # fmt: skip
+        self.watched.clear()
+        if done == self.train_config.steps:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Close the checkpoint under way. One that cannot be written costs the run nothing but that checkpoint, unless
+        it is the last one or the third in a row."""
+        pending, self.pending = self.pending, None
+        assert pending is not None
+        try:
+            checkpoint.settle(pending, self.comm)
+        except StorageError as error:
+            self.unwritten += 1
+            if pending.step == self.train_config.steps or self.unwritten >= _MOST_UNWRITTEN:
+                raise
+            if self.first:
+                self._note("unwritten", step=pending.step, reason=str(error))
+            return
+        self.unwritten = 0
         if self.first:
-            checkpoint.prune(self.job.checkpoints, self.train_config.keep_checkpoints)
-            self._note("checkpoint", step=done)
+            with contextlib.suppress(StorageError):  # tried again behind the next one
+                checkpoint.prune(
+                    self.job.checkpoints,
+                    self.train_config.keep_checkpoints,
+                    keep_best=self.train_config.keep_best is not None,
+                )
+            self._note("checkpoint", step=pending.step)
 
     def _export(self) -> None:
         """Rank 0 writes the artefact folder; ZeRO 3 gathers its parameters on the way."""
@@ -370,7 +455,7 @@ class Worker:
             target = storage.join(self.job.folder, "artefact")
             with _artefact_folder(target) as folder:
                 known = {base.role for base in self.stage.bases}
-                bases = (*self.stage.bases, *(base for base in self.job.cached if base.role not in known))
+                bases = (*self.stage.bases, *(base for base in self._elsewhere() if base.role not in known))
                 facts = with_bases(self.job.lineage, bases)
                 save_artefact(folder, state, self.run, self.stage, facts, bases=bases)
             self._note(
@@ -381,6 +466,12 @@ class Worker:
                 bases=facts["bases"],
             )  # fmt: skip
         self.comm.barrier()
+
+    def _elsewhere(self) -> tuple[Base, ...]:
+        """The frozen encoder where it ran outside the workers."""
+        if self.run.data.placement != "streamed":
+            return self.job.cached
+        return (self.encoder or encoder_base(self.run.method.vision),)  # type: ignore[attr-defined]
 
     def _note(self, kind: str, **facts: Any) -> None:
         self.out.event({"kind": kind, **facts})

@@ -11,7 +11,7 @@ import torch
 
 from isthmus.config import DataConfig, VisionConfig
 from isthmus.contracts import Base, Batch, Sample, Stage, StageModule
-from isthmus.data import features
+from isthmus.data import features, local
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.order import Order
 from isthmus.data.prefetch import ahead, map_ahead
@@ -49,7 +49,7 @@ def run(
 ) -> tuple[list[Batch], list[Failure]]:
     failed: list[Failure] = []
     config = DataConfig(train=str(url), **data)  # type: ignore[arg-type]
-    order = Order(samples, batch, seed=1)
+    order = Order(samples, batch, seed=1, pool=config.shuffle_pool)
     return list(train_batches(config, make_stage(), order, rank, world, start, stop, 9, failed.append)), failed
 
 
@@ -86,6 +86,19 @@ def test_ranks_together_are_one_rank_and_a_resume_is_a_seek(dataset: Path) -> No
         assert torch.equal(pixels[valid], batch.pixels_BCHW[batch.valid_B])  # type: ignore[index]
     for batch, again in zip(whole[3:], resumed, strict=True):
         assert torch.equal(batch.pixels_BCHW, again.pixels_BCHW) and batch.texts == again.texts  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", [8, 16384])
+def test_what_is_read_together_changes_nothing(dataset: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
+    """Spans, reads within a span, and steps read alone give the same batches."""
+    together, _ = run(dataset, 10, 2, stop=12, shuffle_pool=pool)
+    monkeypatch.setattr(local, "READ_BYTES", 1)
+    for other in (
+        run(dataset, 10, 2, stop=12, shuffle_pool=pool)[0],
+        run(dataset, 10, 2, start=3, stop=12, shuffle_pool=pool)[0],
+    ):
+        for one, two in zip(together[-len(other) :], other, strict=True):
+            assert one.step == two.step and torch.equal(one.pixels_BCHW, two.pixels_BCHW)  # type: ignore[arg-type]
 
 
 def test_a_recipe_may_ask_for_the_first_caption_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,11 +193,11 @@ def test_attention_written_out_is_the_fused_one_with_gradients() -> None:
     found = []
     for form in (_written_out, torch.nn.functional.scaled_dot_product_attention):
         given = [x.clone().requires_grad_() for x in (q, k, v)]
-        seen = form(*given, allowed, 0.0)
+        seen = form(*given, allowed, None) if form is _written_out else form(*given, attn_mask=allowed)
         (seen * torch.linspace(-1, 1, seen.numel(), dtype=seen.dtype).view_as(seen)).sum().backward()
         found.append([seen, *(x.grad for x in given)])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
-    dropped = _written_out(q, k, torch.ones_like(v), None, 0.5)
+    dropped = _written_out(q, k, torch.ones_like(v), None, torch.nn.Dropout(0.5))
     assert dropped.std() > 0.05 and abs(float(dropped.mean()) - 1) < 0.2
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,10 @@ class Alone:
         return value
 
 
-def save(root: Path, step: int, attempt: int = 1, value: float = 0.0) -> Path:
+def save(root: Path, step: int, attempt: int = 1, value: float = 0.0, **facts: Any) -> Path:
     engine = Engine(value)
     engine.step()
-    return Path(checkpoint.save(engine, str(root), step, attempt=attempt, zero_stage=0, comm=Alone()))
+    return Path(checkpoint.save(engine, str(root), step, attempt=attempt, zero_stage=0, comm=Alone(), **facts))
 
 
 def test_the_newest_is_found_and_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -142,6 +144,62 @@ def test_prune_keeps_the_newest_whole_ones_and_what_is_newer(tmp_path: Path) -> 
     (tmp_path / "step-00000040-a1" / "manifest.json").unlink()
     checkpoint.prune(str(tmp_path), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020-a1", "step-00000030-a1", "step-00000040-a1"]
+
+
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in ((10, 0.9), (20, 0.2), (30, 0.5), (40, 0.7), (50, None)):
+        save(tmp_path, step, score=score)
+        checkpoint.prune(str(tmp_path), keep=2, keep_best=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020-a1", "step-00000040-a1", "step-00000050-a1"]
+    checkpoint.prune(str(tmp_path), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000040-a1", "step-00000050-a1"]
+
+
+def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(tmp_path: Path) -> None:
+    own = {"recipe": "a" * 64, "vision weights": "b" * 64}
+    save(tmp_path, 10, run=own)
+    save(tmp_path, 20, run=own | {"vision weights": "c" * 64})
+    found, skipped = checkpoint.newest(str(tmp_path), own | {"data": "d" * 64})
+    assert found is not None and found.step == 10
+    assert len(skipped) == 1 and "another run (vision weights cccccccccccc instead of bbbbbbbbbbbb)" in skipped[0]
+    assert checkpoint.newest(str(tmp_path))[0].step == 20  # type: ignore[union-attr]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, put = threading.Event(), checkpoint.put_file
+    monkeypatch.setattr(checkpoint, "put_file", lambda *a: (go.wait(30), put(*a)))
+    engine = Engine(1.0)
+    engine.step()
+    stood_at = engine.module.weight.detach().clone()
+    pending = checkpoint.begin(engine, str(tmp_path), 10, attempt=1, zero_stage=0, comm=Alone())
+    engine.step()  # must not show in what is being written
+    assert not pending.done and checkpoint.newest(str(tmp_path))[0] is None
+    go.set()
+    checkpoint.settle(pending, Alone())
+    found, _ = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    with checkpoint.Restored(found, 0) as restored:
+        assert torch.equal(restored.read("parameter/weight"), stood_at)
+
+
+@pytest.mark.parametrize("phase", ["state", "place", "manifest"])
+def test_a_full_disk_costs_one_checkpoint_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 10)
+    with monkeypatch.context() as patched:
+        if phase == "manifest":
+            patched.setattr(checkpoint.storage, "write_bytes", full)
+        else:
+            patched.setattr(checkpoint, "save_file" if phase == "state" else "put_file", full)
+        with pytest.raises(StorageError, match="No space left") as caught:
+            save(tmp_path, 20)
+    assert "Make room" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000010-a1"]
+    assert checkpoint.newest(str(tmp_path))[0].step == 10  # type: ignore[union-attr]
 
 
 def test_a_file_that_the_first_worker_cannot_see_is_refused(tmp_path: Path) -> None:

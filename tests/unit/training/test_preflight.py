@@ -38,7 +38,7 @@ def test_a_sound_run_gets_a_plan_and_writes_its_recipe(root: str) -> None:
     assert plan.lineage["code"]["package"]
     preflight.write_recipe(plan)
     stored = load_run(f"{root}/runs/a/recipe.yaml", methods={"tiny": tiny.TinyConfig})
-    assert stored == plan.run
+    assert stored.model_dump() == plan.run.model_dump()
 
 
 @pytest.mark.parametrize(
