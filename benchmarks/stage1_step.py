@@ -261,13 +261,13 @@ def _projected_in_every_pass() -> Iterator[None]:
 
 
 def _logits_everywhere() -> AbstractContextManager[object]:
-    def loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *_: object, **kw: object) -> Tensor:
+    def loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, smoothing: float) -> Tensor:
         logits = head(hidden.flatten(0, 1)).unflatten(0, labels.shape)[:, :-1].float()
         return F.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=float(str(kw["smoothing"]))
+            logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing, reduction="sum"
         )
 
-    return mock.patch.object(blip2_stage1, "next_token_loss", loss)
+    return mock.patch.object(blip2_stage1, "next_token_sum", loss)
 
 
 @contextmanager

@@ -301,6 +301,7 @@ class BuildContext:
         with_vision: False skips loading the image encoder (features come from a cache).
         parent: directory of an unpacked model that this stage starts from (stage 2's stage 1), or None.
         gradient_checkpointing: recompute activations in backward.
+        micro_batch: rows whose activations are held at once; None is all of a rank's.
         bf16: training computes in bfloat16, so a frozen language model may be held in it, at half the bytes.
     """
 
@@ -309,6 +310,7 @@ class BuildContext:
     with_vision: bool = True
     parent: str | None = None
     gradient_checkpointing: bool = False
+    micro_batch: int | None = None
     bf16: bool = False
 
 

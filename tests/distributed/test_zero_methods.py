@@ -44,7 +44,8 @@ def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
             "data": {"train": f"{root}/data", "max_cut_share": 1.0, "captions": "first"},
             "train": {
                 "steps": steps, "global_batch": 8, "lr": LR.get(method, 5e-3), "log_every": 1,
-                "checkpoint_every": steps, "precision": "fp32", "gradient_checkpointing": stage == 2,
+                "checkpoint_every": steps, "precision": "fp32", "gradient_checkpointing": stage in (2, 3),
+                "micro_batch": 3 if stage == 2 else None,
             },
             "zero": {"stage": stage},
             "storage": f"{root}/runs",

@@ -163,6 +163,11 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0 clips nothing")
     precision: Precision = Field("auto", description="auto: bf16 where the hardware has it, else fp32")
+    micro_batch: Positive | None = Field(
+        None,
+        description="rows of a worker whose activations are held at once; losses and gradients are those of the whole "
+        "batch, contrast included, at the cost of a second forward pass. Not given: all rows",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute the Q-Former's activations in the backward pass: less memory, more time"
     )
@@ -246,6 +251,16 @@ class RunConfig(Config):
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} does not divide among "
                 f"cluster.workers {self.cluster.workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_parameters_in_parts(self) -> RunConfig:
+        # ZeRO 3 frees a parameter behind each use, and the second forward pass of a part is such a use.
+        if self.train.micro_batch is not None and self.zero.stage == 3:
+            raise ValueError(
+                "train.micro_batch does not go with zero.stage 3, which takes parameters apart between the passes; "
+                "zero.stage 2 shards all but the parameters, and train.gradient_checkpointing works with both"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: a mean over the tokens of the global batch, or a sum through a frozen output layer.
+"""Next-token cross-entropy: a sum over rows, the count that it is divided by, and a sum through a frozen output layer.
 
 Shape letters: B local rows, T text tokens, V vocabulary, M width, K positions that carry a target.
 """
@@ -21,16 +21,10 @@ CHUNK_ELEMENTS = 2**24
 """Logits that :func:`frozen_head_loss` makes at once: 64 MB in float32, and a few times that to differentiate them."""
 
 
-def next_token_loss(
-    hidden_BTM: Tensor,
-    labels_BT: Tensor,
-    head: Callable[[Tensor], Tensor],
-    comm: Comm,
-    *,
-    smoothing: float = 0.0,
-    mean: Literal["global", "rank"] = "global",
+def next_token_sum(
+    hidden_BTM: Tensor, labels_BT: Tensor, head: Callable[[Tensor], Tensor], *, smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of position t's logits against label t + 1.
+    """Cross-entropy of position t's logits against label t + 1, summed over rows and tokens.
 
     Logits are made only where there is a target: the vocabulary is the widest axis of the model.
 
@@ -38,20 +32,28 @@ def next_token_loss(
         hidden_BTM: last hidden states.
         labels_BT: int64; -100 where no loss is taken. Unshifted: the shift happens here.
         head: hidden [K, M] -> logits [K, V].
-        comm: the ranks' collectives.
         smoothing: label smoothing over the vocabulary.
-        mean: ``global`` divides by the tokens of all ranks, so that any split gives one answer; ``rank`` by this
-            rank's own, as LAVIS does.
     """
     targets_BT = labels_BT[:, 1:]
     counted = targets_BT != IGNORED
-    local = counted.sum().to(torch.float32)
-    count = comm.sum(local) / comm.world_size if mean == "global" else local
     hidden_KM, targets_K = hidden_BTM[:, :-1][counted], targets_BT[counted]
-    if not len(targets_K):  # a rank of padding rows alone: one row at no weight keeps the graph alike on all ranks
+    if not len(targets_K):  # padding rows alone: one row at no weight keeps the graph alike on all ranks
         return head(hidden_BTM[:1, 0]).float().sum() * 0.0
-    total = F.cross_entropy(head(hidden_KM).float(), targets_K, label_smoothing=smoothing, reduction="sum")
-    return total / count.clamp(min=1e-6)
+    return F.cross_entropy(head(hidden_KM).float(), targets_K, label_smoothing=smoothing, reduction="sum")
+
+
+def next_token_count(labels_BT: Tensor, comm: Comm, mean: Literal["global", "rank"] = "global") -> Tensor:
+    """What turns :func:`next_token_sum` into a mean when it is divided by it, float32 scalar; never zero.
+
+    Args:
+        labels_BT: as there.
+        comm: the ranks' collectives.
+        mean: ``global`` counts the tokens of all ranks, so that any split gives one answer; ``rank`` this rank's own,
+            as LAVIS does.
+    """
+    local = (labels_BT[:, 1:] != IGNORED).sum().to(torch.float32)
+    count = comm.sum(local) / comm.world_size if mean == "global" else local
+    return count.clamp(min=1e-6)
 
 
 def frozen_head_loss(

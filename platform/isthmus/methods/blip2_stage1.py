@@ -23,10 +23,10 @@ from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, S
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
-from isthmus.losses.language import IGNORED, language_reference, next_token_loss
-from isthmus.losses.matching import Match, matching, matching_reference, mine_negatives
+from isthmus.losses.language import IGNORED, language_reference, next_token_count, next_token_sum
+from isthmus.losses.matching import Match, Negatives, matching, matching_reference, mine_negatives
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
-from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
+from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded
 from isthmus.models.attention import ImageMemory, ImageTokens
 from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
@@ -84,6 +84,10 @@ def check_heads(qformer: QFormerConfig) -> None:
     """Raises ValueError where the width does not divide among the heads."""
     if qformer.width % qformer.heads:
         raise ValueError(f"qformer.width {qformer.width} does not divide among qformer.heads {qformer.heads}")
+
+
+Losses = tuple[Contrast, Match | None, Tensor | None]
+"""ITC, ITM and ITG of a batch; the latter two where this step has them."""
 
 
 class Blip2Stage1(SeeingModule):
@@ -146,10 +150,8 @@ class Blip2Stage1(SeeingModule):
         with_itm = self.itm_head is not None and batch.step % config.itm_every == 0
         with_itg = self.qformer.lm_head is not None and batch.step % config.itg_every == 0
 
-        image = self._normalise(self.image_features(batch))
-        memory = self.qformer.remember(image, uses=self._uses(with_itm))
-        seen = self.qformer(memory, noise_B=self._noise(batch, "image"))
-        itc = self._contrast(seen, batch)
+        made = self._whole(batch, with_itm, with_itg) if self.micro_batch is None else None
+        itc, match, itg = made or self._by_parts(self.micro_batch or 0, batch, with_itm, with_itg)
 
         total = weights.itc * itc.loss
         parts = {"itc": itc.loss}
@@ -158,19 +160,54 @@ class Blip2Stage1(SeeingModule):
             "r1_i2t": itc.recall_at_1(itc.i2t_BG),
             "r1_t2i": itc.recall_at_1(itc.t2i_BG),
         }
-        if with_itm:
-            match = self._match(memory, itc, batch)
+        idle_1M = self.qformer.queries[0, :1]
+        if match is not None:
             total = total + weights.itm * match.loss
             parts["itm"] = match.loss
             metrics |= {f"itm_accuracy_{kind}": value for kind, value in match.accuracy.items()}
         elif self.itm_head is not None:
-            total = total + 0.0 * self.itm_head(seen.queries_BQM[0, :1]).sum()
-        if with_itg:
-            parts["itg"] = self._generate(seen, batch)
-            total = total + weights.itg * parts["itg"]
+            total = total + 0.0 * self.itm_head(idle_1M).sum()
+        if itg is not None:
+            total = total + weights.itg * itg
+            parts["itg"] = itg
         elif self.qformer.lm_head is not None:
-            total = total + 0.0 * self.qformer.lm_head(seen.queries_BQM[0, :1]).sum()
+            total = total + 0.0 * self.qformer.lm_head(idle_1M).sum()
         return LossTerms(total, {name: part.detach() for name, part in parts.items()}, metrics)
+
+    def _whole(self, batch: Batch, with_itm: bool, with_itg: bool) -> Losses:
+        """All rows at once: each image's keys and values are made once for all passes."""
+        memory = self.qformer.remember(self._normalise(self.image_features(batch)), uses=self._uses(with_itm))
+        seen = self.qformer(memory, noise_B=self._noise(batch, "image"))
+        text_BE = self._text_vectors(batch.ids_BT, batch.mask_BT, self._noise(batch, "text"))
+        itc = self._contrast(self._image_vectors(seen), text_BE, batch)
+        match = self._match(memory, itc, batch) if with_itm else None
+        if not with_itg:
+            return itc, match, None
+        ids_BT, labels_BT = self._dictation(batch)
+        total = self._generate(seen, ids_BT, batch.mask_BT, labels_BT, self._noise(batch, "generation"))
+        return itc, match, total / next_token_count(labels_BT, self.comm, self.config.itg_mean)
+
+    def _by_parts(self, rows: int, batch: Batch, with_itm: bool, with_itg: bool) -> Losses:
+        """The same with the activations of ``rows`` rows at a time; see :func:`isthmus.methods.parts.in_parts`."""
+        features_BND = self.image_features(batch)
+        dictated_BT, labels_BT = self._dictation(batch)
+
+        def alone(
+            features: Tensor, ids: Tensor, mask: Tensor, dictated: Tensor, labels: Tensor, *noise: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            seen = self.qformer(self.qformer.remember(self._normalise(features)), noise_B=noise[0])
+            vectors = self._image_vectors(seen), self._text_vectors(ids, mask, noise[1])
+            if not with_itg:
+                return vectors
+            return *vectors, self._generate(seen, dictated, mask, labels, noise[2]).unsqueeze(0)
+
+        noise = [self._noise(batch, name) for name in ("image", "text", "generation")]
+        image_BQE, text_BE, *totals = in_parts(
+            alone, rows, features_BND, batch.ids_BT, batch.mask_BT, dictated_BT, labels_BT, *noise
+        )
+        itc = self._contrast(image_BQE, text_BE, batch)
+        itg = totals[0].sum() / next_token_count(labels_BT, self.comm, self.config.itg_mean) if with_itg else None
+        return itc, self._match_by_parts(rows, features_BND, itc, batch) if with_itm else None, itg
 
     def _noise(self, batch: Batch, *passes: str) -> Tensor | None:
         """Dropout's keys of the rows of passes, which are one below the other, int64 [passes x B]."""
@@ -188,12 +225,19 @@ class Blip2Stage1(SeeingModule):
         negative), over one projection, or two where the negatives come from other ranks as tokens."""
         return 1.0 if not with_itm else 4.0 if self.comm.world_size == 1 else 2.0
 
-    def _contrast(self, seen: QFormerOutput, batch: Batch) -> Contrast:
-        assert seen.queries_BQM is not None and batch.ids_BT is not None and batch.mask_BT is not None
-        text_BM = self.qformer.pooled_text(batch.ids_BT, batch.mask_BT, self._noise(batch, "text"))
+    def _image_vectors(self, seen: QFormerOutput) -> Tensor:
+        """Unit vectors [B, Q, E]."""
+        return F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1)
+
+    def _text_vectors(self, ids_BT: Tensor | None, mask_BT: Tensor | None, noise_B: Tensor | None = None) -> Tensor:
+        """Unit vectors [B, E]."""
+        assert ids_BT is not None and mask_BT is not None
+        return F.normalize(self.text_proj(self.qformer.pooled_text(ids_BT, mask_BT, noise_B)).float(), dim=-1)
+
+    def _contrast(self, image_BQE: Tensor, text_BE: Tensor, batch: Batch) -> Contrast:
         return contrast(
-            F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1),
-            F.normalize(self.text_proj(text_BM).float(), dim=-1),
+            image_BQE,
+            text_BE,
             self.temperature.float(),
             batch.valid_B,
             self.comm,
@@ -203,33 +247,54 @@ class Blip2Stage1(SeeingModule):
         )
 
     def _match(self, memory: ImageMemory, itc: Contrast, batch: Batch) -> Match:
+        negatives, ids_3BT, mask_3BT = self._pairs(itc, batch)
+        if self.comm.world_size == 1:
+            other = memory.rows(negatives.image_B)
+        else:
+            tokens_BND = self.comm.fetch_rows(memory.image.tokens_BND, negatives.image_B)
+            other = self.qformer.remember(replace(memory.image, tokens_BND=tokens_BND), self._uses(True))
+        logits_3B2 = self._match_logits(
+            ImageMemory.cat([memory, other, memory]), ids_3BT.flatten(0, 1), mask_3BT.flatten(0, 1),
+            self._noise(batch, *PAIRS),
+        )  # fmt: skip
+        return matching(logits_3B2.view(3, -1, 2), negatives.counted_B, self.comm)
+
+    def _match_by_parts(self, rows: int, features_BND: Tensor, itc: Contrast, batch: Batch) -> Match:
+        negatives, ids_3BT, mask_3BT = self._pairs(itc, batch)
+        other_BND = self.comm.fetch_rows(features_BND, negatives.image_B)
+
+        def pairs(own: Tensor, other: Tensor, ids: Tensor, mask: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+            own_memory, other_memory = (self.qformer.remember(self._normalise(x)) for x in (own, other))
+            memory = ImageMemory.cat([own_memory, other_memory, own_memory])
+            ids, mask = (x.transpose(0, 1).flatten(0, 1) for x in (ids, mask))
+            noise = noise.t().flatten() if noise is not None else None
+            return (self._match_logits(memory, ids, mask, noise).view(3, -1, 2).transpose(0, 1),)
+
+        noise = self._noise(batch, *PAIRS)
+        noise_B3 = noise.view(3, -1).t() if noise is not None else None
+        (logits_B32,) = in_parts(
+            pairs, rows, features_BND, other_BND, ids_3BT.transpose(0, 1), mask_3BT.transpose(0, 1), noise_B3
+        )
+        return matching(logits_B32.transpose(0, 1), negatives.counted_B, self.comm)
+
+    def _pairs(self, itc: Contrast, batch: Batch) -> tuple[Negatives, Tensor, Tensor]:
+        """Each row's negatives, and the ids and mask [3, B, T] of own text, own text, and negative text."""
         ids_BT, mask_BT = self._common_length(batch)
-        forbidden_BG = itc.positives_BG | ~itc.valid_G
-        negatives = self.mine(
+        negatives: Negatives = self.mine(
             itc.i2t_BG.detach(),
             itc.t2i_BG.detach(),
-            forbidden_BG,
+            itc.positives_BG | ~itc.valid_G,
             batch.valid_B,
             self.comm,
             seed=self.seed,
             step=batch.step,
         )
         self._warn_without(negatives.counted_B, batch)
-        if self.comm.world_size == 1:
-            other = memory.rows(negatives.image_B)
-        else:
-            tokens_BND = self.comm.fetch_rows(memory.image.tokens_BND, negatives.image_B)
-            other = self.qformer.remember(replace(memory.image, tokens_BND=tokens_BND), self._uses(True))
         # Token ids are small: the whole table is gathered, and only image tokens are fetched by row.
         other_ids_BT = self.comm.gather(ids_BT, grad=False)[negatives.text_B]
         other_mask_BT = self.comm.gather(mask_BT, grad=False)[negatives.text_B]
-        logits_3B2 = self._match_logits(
-            ImageMemory.cat([memory, other, memory]),
-            torch.cat([ids_BT, ids_BT, other_ids_BT]),
-            torch.cat([mask_BT, mask_BT, other_mask_BT]),
-            self._noise(batch, "own", "other image", "other text"),
-        )
-        return matching(logits_3B2.view(3, -1, 2), negatives.counted_B, self.comm)
+        ids_3BT = torch.stack([ids_BT, ids_BT, other_ids_BT])
+        return negatives, ids_3BT, torch.stack([mask_BT, mask_BT, other_mask_BT])
 
     def _warn_without(self, counted_B: Tensor, batch: Batch) -> None:
         """Says once that ITM is left out where no row has anything to be told apart from."""
@@ -259,36 +324,32 @@ class Blip2Stage1(SeeingModule):
         seen = self.qformer(memory, ids_BT, mask_BT, leading=self.config.qformer.queries, noise_B=noise_B)
         return self.itm_head(seen.queries_BQM).float().mean(1)
 
-    def _generate(self, seen: QFormerOutput, batch: Batch) -> Tensor:
-        """ITG on the queries' keys and values of the image pass."""
+    def _dictation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What ITG reads and what it is to predict, [B, T] each."""
         assert batch.ids_BT is not None and batch.mask_BT is not None
         ids_BT = batch.ids_BT.clone()
         ids_BT[:, 0] = self.qformer.dec_id
-        labels_BT = ids_BT.masked_fill((batch.mask_BT == 0) | ~batch.valid_B.unsqueeze(1), IGNORED)
-        noise_B = self._noise(batch, "generation")
-        hidden_BTM = self.qformer(None, ids_BT, batch.mask_BT, past=seen.past, noise_B=noise_B).text_BTM
-        return next_token_loss(
-            hidden_BTM,
-            labels_BT,
-            self.qformer.logits,
-            self.comm,
-            smoothing=self.config.label_smoothing,
-            mean=self.config.itg_mean,
-        )
+        return ids_BT, ids_BT.masked_fill((batch.mask_BT == 0) | ~batch.valid_B.unsqueeze(1), IGNORED)
+
+    def _generate(
+        self, seen: QFormerOutput, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor, noise_B: Tensor | None
+    ) -> Tensor:
+        """ITG on the queries' keys and values of the image pass, summed over tokens."""
+        hidden_BTM = self.qformer(None, ids_BT, mask_BT, past=seen.past, noise_B=noise_B).text_BTM
+        return next_token_sum(hidden_BTM, labels_BT, self.qformer.logits, smoothing=self.config.label_smoothing)
 
     # -------------------------------------------------------------------------------------------------- inference
 
     @torch.no_grad()
     def embed_images(self, features_BND: Tensor) -> Tensor:
         """Unit vectors, float32 [B, Q, E]; the similarity to a text is the largest over Q."""
-        seen = self.qformer(self.qformer.remember(self._normalise(features_BND)))
-        return F.normalize(self.vision_proj(seen.queries_BQM).float(), dim=-1)
+        return self._image_vectors(self.qformer(self.qformer.remember(self._normalise(features_BND))))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
         """Unit vectors, float32 [B, E]. ``max_length``: tokens kept of a text; the recipe's own by default."""
         ids_BT, mask_BT = self._tokenise([clean_caption(text) for text in texts], max_length)
-        return F.normalize(self.text_proj(self.qformer.pooled_text(ids_BT, mask_BT)).float(), dim=-1)
+        return self._text_vectors(ids_BT, mask_BT)
 
     @torch.no_grad()
     def match(self, features_BND: Tensor, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
@@ -341,7 +402,8 @@ class Blip2Stage1(SeeingModule):
         return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
 
 
-PASSES = ("image", "text", "own", "other image", "other text", "generation")
+PAIRS = ("own", "other image", "other text")
+PASSES = ("image", "text", *PAIRS, "generation")
 """Passes of the Q-Former in a step; dropout draws differ between them."""
 
 
@@ -407,6 +469,7 @@ def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
         )
     if bert:
         load_bert_layers(module.qformer, bert, state)
+    module.micro_batch = context.micro_batch
     return Stage(
         module=module,
         collate=CollateStage1(tokenizer, config.text.max_length, context.seed),

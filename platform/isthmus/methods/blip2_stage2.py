@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,9 +22,9 @@ from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
 from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
 from isthmus.methods.blip2_stage1 import check_heads
-from isthmus.methods.parts import SeeingModule, VisionNorm, seeded
+from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded
 from isthmus.models.language import build_language
-from isthmus.models.language_base import IGNORED, FrozenLanguage
+from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum
 from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer
 from isthmus.models.vision import build_vision, describe_vision
@@ -84,6 +84,10 @@ def resolve(config: Blip2Stage2Config, parent: RunConfig | None) -> Blip2Stage2C
                 f"method.{field} differs from the parent's.", f"Leave method.{field} out: it is inherited."
             )
     return config.model_copy(update={"vision": vision, "qformer": qformer})
+
+
+TEXT_MEMBERS = ("ids_BT", "mask_BT", "labels_BT", "prefix_ids_BT", "prefix_mask_BT")
+"""Of a batch: what the language model's loss is made of."""
 
 
 class Blip2Stage2(SeeingModule):
@@ -180,15 +184,31 @@ class Blip2Stage2(SeeingModule):
         noise_B = None
         if self.training:
             noise_B = batch_keys(self.seed, batch.step, 0, len(batch), self.comm, self.qformer.queries.device)
-        soft_BQL = self.soft_prompt(self.image_features(batch), noise_B)
-        labels_BT = batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED)
-        found = self.language.batch_loss(soft_BQL, replace(batch, labels_BT=labels_BT))
+        features_BND = self.image_features(batch)
+        batch = replace(batch, labels_BT=batch.labels_BT.masked_fill(~batch.valid_B.unsqueeze(1), IGNORED))
+        if self.micro_batch is None:
+            found = self.language.batch_loss(self.soft_prompt(features_BND, noise_B), batch)
+        else:
+            found = self._by_parts(self.micro_batch, features_BND, batch, noise_B)
         tokens = found.tokens
         if self.config.lm_mean == "global":
             tokens = self.comm.sum(tokens) / self.comm.world_size
         # A rank of padding alone has no tokens of its own, and a sum of zero.
         loss = found.total / tokens.clamp(min=1e-6)
         return LossTerms(loss, {"lm": loss.detach()}, {})
+
+    def _by_parts(self, rows: int, features_BND: Tensor, batch: Batch, noise_B: Tensor | None) -> LossSum:
+        """The sum with the activations of ``rows`` rows at a time; see :func:`isthmus.methods.parts.in_parts`."""
+        names = [name for name in TEXT_MEMBERS if getattr(batch, name) is not None]
+
+        def sums(features: Tensor, noise: Tensor | None, *texts: Tensor) -> tuple[Tensor, ...]:
+            members: dict[str, Any] = dict(zip(names, texts, strict=True))
+            part = replace(batch, **members)
+            found = self.language.batch_loss(self.soft_prompt(features, noise), part)
+            return found.total.unsqueeze(0), found.tokens.unsqueeze(0)
+
+        totals, tokens = in_parts(sums, rows, features_BND, noise_B, *(getattr(batch, name) for name in names))
+        return LossSum(totals.sum(), tokens.sum())
 
     @property
     def own_prompt(self) -> str:
@@ -285,6 +305,7 @@ def build(config: Blip2Stage2Config, context: BuildContext) -> Stage:
             seed=context.seed,
             recompute=context.gradient_checkpointing,
         )
+    module.micro_batch = context.micro_batch
     bases = tuple(part.base for part in (vision, language) if part is not None)
     if context.parent:
         recorded = [base for base in read_bases(context.parent) if base.role == "vision"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from isthmus.contracts import Batch, StageModule
 from isthmus.errors import ConfigError
@@ -33,9 +34,14 @@ class VisionNorm(nn.LayerNorm):
 
 
 class SeeingModule(StageModule):
-    """A stage module with a frozen image encoder, or with None where features come from a cache."""
+    """A stage module with a frozen image encoder, or with None where features come from a cache.
+
+    Attributes:
+        micro_batch: rows whose activations are held at once; None is all.
+    """
 
     vision: nn.Module | None
+    micro_batch: int | None = None
 
     def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Frozen image tokens [B, N, D].
@@ -46,7 +52,7 @@ class SeeingModule(StageModule):
         if self.vision is None:
             raise ConfigError("This model was loaded without its image encoder.", "Load it with with_vision=True.")
         with torch.no_grad():
-            return self.vision(pixels_BCHW)
+            return torch.cat([self.vision(part) for part in pixels_BCHW.split(self.micro_batch or len(pixels_BCHW))])
 
     def image_features(self, batch: Batch) -> Tensor:
         """The batch's image tokens [B, N, D], computed where they were not given."""
@@ -55,6 +61,26 @@ class SeeingModule(StageModule):
         if batch.pixels_BCHW is None:
             raise ValueError("the batch holds neither pixels nor features")
         return self.encode_images(batch.pixels_BCHW)
+
+
+def in_parts(function: Callable[..., tuple[Tensor, ...]], rows: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+    """``function`` of some rows at a time, its outputs one below the other.
+
+    Activations are made anew in the backward pass, part by part, so those of one part are all that is ever held. What
+    sets rows of different parts against one another then works on the outputs, and its gradients are exact: GradCache
+    (Gao et al. 2021), left to autograd.
+
+    Args:
+        function: rows of ``given`` -> tensors with a first dimension. It must not call the other ranks.
+        rows: of a part.
+        given: tensors [B, ...], or None, which is handed on.
+    """
+    found: list[tuple[Tensor, ...]] = []
+    total = next(len(x) for x in given if x is not None)
+    for start in range(0, total, rows):
+        part = [None if x is None else x[start : start + rows] for x in given]
+        found.append(checkpoint(function, *part, use_reentrant=False))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Shape letters: B batch, N image tokens, D image width, T text tokens, E shared w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, S
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
-from isthmus.methods.parts import SeeingModule, seeded
+from isthmus.methods.parts import SeeingModule, in_parts, seeded
 from isthmus.models.noise import batch_keys, number_sites
 from isthmus.models.partition import is_partitioned
 from isthmus.models.projector import ImageProjector, TextProjector
@@ -163,13 +163,24 @@ class Projector(SeeingModule):
         return free + (free.clamp(*self.config.temperature_range) - free).detach()
 
     def _image_vectors(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
-        vectors_BE = self.image_projector(features_BND.to(self.temperature.dtype), noise_B)
-        return F.normalize(vectors_BE.float(), dim=-1)
+        def vectors(features: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+            return (self.image_projector(features.to(self.temperature.dtype), noise),)
+
+        return F.normalize(self._made(vectors, features_BND, noise_B).float(), dim=-1)
 
     def _text_vectors(self, texts: Sequence[str], noise_B: Tensor | None = None) -> Tensor:
         features, mask_BT = self.memory.read(texts)
-        vectors_BE = self.text_projector(features.to(self.temperature.dtype), mask_BT, noise_B)
-        return F.normalize(vectors_BE.float(), dim=-1)
+
+        def vectors(features: Tensor, mask: Tensor | None, noise: Tensor | None) -> tuple[Tensor, ...]:
+            return (self.text_projector(features.to(self.temperature.dtype), mask, noise),)
+
+        return F.normalize(self._made(vectors, features, mask_BT, noise_B).float(), dim=-1)
+
+    def _made(self, vectors: Callable[..., tuple[Tensor, ...]], *given: Tensor | None) -> Tensor:
+        """Vectors [B, E], with the activations of ``micro_batch`` rows at a time in training."""
+        if self.micro_batch is None or not self.training:
+            return vectors(*given)[0]
+        return in_parts(vectors, self.micro_batch, *given)[0]
 
     @torch.no_grad()
     def embed_images(self, features_BND: Tensor) -> Tensor:
@@ -211,6 +222,7 @@ def build(config: ProjectorConfig, context: BuildContext) -> Stage:
     text = build_sentence_encoder(config.text)
     with seeded(context.seed):
         module = Projector(config, vision, spec.width, text, context.comm, context.seed)
+    module.micro_batch = context.micro_batch
     return Stage(
         module=module,
         collate=CollateTexts(text.tokenizer, config.text.max_length, context.seed),

@@ -33,7 +33,7 @@ MAY_CHANGE = (
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
 its content is compared by digest."""
 
-ROUNDING = ("train.gradient_checkpointing", "zero.stage")
+ROUNDING = ("train.gradient_checkpointing", "train.micro_batch", "zero.stage")
 """Fields that decide how the same sums are made: a run may go on with others."""
 
 MAY_GROW = "train.steps"
@@ -43,6 +43,7 @@ CAME_LATER = {
     "method.language.max_length_of": "caption",
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
+    "train.micro_batch": None,
 }
 """Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
 not count in a run's digest, so that a run which had finished before still has."""

@@ -239,6 +239,7 @@ class Worker:
             parent=self.job.parent,
             bf16=self.precision == "bf16",
             gradient_checkpointing=self.train_config.gradient_checkpointing,
+            micro_batch=self.train_config.micro_batch,
         )
         stage: Stage = self.job.spec.build(self.run.method, context)
         freeze(stage.module, self.train_config.frozen)
