@@ -44,27 +44,46 @@ def _count_problems(problems: Sequence[object], what: str) -> str:
 
 @app.command()
 def index(
-    url: Annotated[str, typer.Argument(help="Folder or URL of tars or Parquet files")],
-    out: Annotated[str | None, typer.Option(help="Where the manifest goes; beside the shards by default.")] = None,
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="Folders of tars or Parquet files, or such files")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Where the manifest goes; beside the shards by default, needed for several URLs.")
+    ] = None,
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Keep images without a caption too: a lake that is to be captioned.")
     ] = False,
+    images_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Images named by Parquet files may lie below this URL too.", show_default=False
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read every shard, also those that have not changed.")] = False,
     skip_faulty: Annotated[
         bool, typer.Option("--skip-faulty", help="Exit with 0 also when something had to be left out.")
     ] = False,
 ) -> None:
     """List every sample's shard, offset and id, so that training can read by byte range.
 
-    What cannot be used is left out and listed; the exit status is then 2, although the rest is indexed.
+    Run again, it reads only shards that are new or have changed. What cannot be used is left out and listed; the exit
+    status is then 2, although the rest is indexed.
 
     Examples:
       $ isthmus data index data/demo/train
       $ isthmus data index s3://bucket/lake --images-only --out s3://bucket/manifests/lake
+      $ isthmus data index s3://bucket/a s3://bucket/b/00000.tar --out s3://bucket
     """
     from isthmus.data.manifest import index as work
 
     with ray_session():
-        report = work(url, out, captions="optional" if images_only else "required")
+        report = work(
+            urls[0] if len(urls) == 1 else urls,
+            out,
+            captions="optional" if images_only else "required",
+            images_from=images_from or (),
+            fresh=fresh,
+        )
     show(report, title=_count_problems(report.problems, "left out; the rest is indexed (--skip-faulty accepts that)"))
     if report.problems and not skip_faulty:
         raise typer.Exit(USAGE)
@@ -72,7 +91,7 @@ def index(
 
 @app.command()
 def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> None:
-    """Verify sizes and digests of an indexed data set, and that every image decodes.
+    """Verify sizes and digests of an indexed data set and that every image decodes, and list every fault of its shards.
 
     Examples:
       $ isthmus data check data/demo/train
