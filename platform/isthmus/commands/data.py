@@ -1,4 +1,4 @@
-"""``isthmus data``: bring, index, check and encode image-text data."""
+"""``isthmus data``: bring, index, check, count and encode image-text data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from isthmus.commands import recipes
-from isthmus.commands.shell import USAGE, show
+from isthmus.commands.shell import USAGE, plain, show
 from isthmus.errors import ConfigError
 from isthmus.ray_session import ray_session
 
-app = typer.Typer(no_args_is_help=True, help="Bring, index, check and encode image-text data.")
+app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count and encode image-text data.")
 
 
 @app.command()
@@ -103,6 +103,40 @@ def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> No
     show(report, title=_count_problems(report.problems, "found"))
     if not report.ok:
         raise typer.Exit(USAGE)
+
+
+@app.command()
+def stats(
+    url: Annotated[str, typer.Argument(help="An indexed data set")],
+    out: Annotated[
+        str | None, typer.Option(help="Also write a page with plots and pictures to this .html file.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Count tokens too: weights or a folder with a tokenizer.")
+    ] = None,
+) -> None:
+    """Count samples, captions, image sizes, formats and copies, of all or of a seeded sample of them.
+
+    Examples:
+      $ isthmus data stats data/demo/train
+      $ isthmus data stats s3://bucket/lake --sample 10000 --out lake.html --json
+    """
+    from isthmus.data.stats import data_stats as work
+
+    count_tokens = None
+    if tokenizer is not None:
+        from isthmus.models.text import load_tokenizer
+
+        known = load_tokenizer(tokenizer)
+        count_tokens = lambda texts: [len(ids) for ids in known(texts, add_special_tokens=False)["input_ids"]]  # noqa: E731
+    found, values = work(url, sample=sample, seed=seed, count_tokens=count_tokens)
+    if out is not None:
+        from isthmus.pipeline.dataset import write_page
+
+        write_page(out, found, values)
+    show(found if out is None else {**plain(found), "page": out})
 
 
 @app.command()

@@ -77,7 +77,7 @@ def _stamp(url: str, now: float) -> str:
             known = filesystem.handler.fs.info(path)
         else:
             with filesystem.open_input_file(path) as source:
-                known = {key.decode(): value.decode() for key, value in (source.metadata() or {}).items()}
+                known = dict(source.metadata() or {})
     except (OSError, pa.ArrowException, IsthmusError):
         return ""  # the scan will meet the same fault and say it
     return next((str(known[name]) for name in _ETAGS if known.get(name)), "")

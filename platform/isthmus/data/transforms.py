@@ -10,6 +10,8 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -24,6 +26,8 @@ MAX_BYTES = 128 << 20
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is decoded. PIL knows forty more, and some of those run other programs (EPS) or nest images in one another."""
+
+_ORIENTATION = 0x0112
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,6 +45,30 @@ class DecodeError(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says: PIL's name of the format, and the size in pixels as displayed."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> Header:
+    """Format and size of an image, from its first bytes; no pixel is decoded.
+
+    Raises:
+        DecodeError: empty, unknown format, no area, or the header is not whole.
+    """
+    with _decoding(data, MAX_PIXELS):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+        if width < 1 or height < 1:
+            raise DecodeError(f"the image has no area ({width}x{height})")
+        return Header(str(image.format), width, height)
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
     """An RGB image of the bytes of one of :data:`FORMATS`.
 
@@ -56,24 +84,31 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None
     Raises:
         DecodeError: empty, unknown format, too large, cut short or damaged.
     """
+    with _decoding(data, max_pixels):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise DecodeError(f"the image has no area ({width}x{height})")
+        if width * height > max_pixels:
+            raise DecodeError(f"the image of {width}x{height} pixels is larger than the limit of {max_pixels}")
+        if at_least and image.format in ("JPEG", "MPO"):  # a camera's JPEG with a preview behind it is an MPO
+            image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
+        image.seek(0)
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _decoding(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Turns whatever a decoder raises into a :class:`DecodeError`."""
     if not data:
         raise DecodeError("the image is empty")
     if len(data) > MAX_BYTES:
         raise DecodeError(f"the image of {len(data)} bytes is larger than the limit of {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a decompression-bomb warning is our own check below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise DecodeError(f"the image has no area ({width}x{height})")
-            if width * height > max_pixels:
-                raise DecodeError(f"the image of {width}x{height} pixels is larger than the limit of {max_pixels}")
-            if at_least and image.format in ("JPEG", "MPO"):  # a camera's JPEG with a preview behind it is an MPO
-                image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
-            image.seek(0)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            warnings.simplefilter("ignore")  # a decompression-bomb warning is our own check
+            yield
     except DecodeError:
         raise
     except UnidentifiedImageError:
