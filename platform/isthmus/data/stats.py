@@ -134,7 +134,7 @@ def data_stats(
     random = np.random.default_rng(seed)
     drawn = np.sort(random.choice(len(manifest), min(sample, len(manifest)), replace=False, shuffle=False))
     values = _look(manifest, drawn.tolist())
-    values.image_bytes = manifest.table["image_length"].to_numpy()
+    values.image_bytes = manifest.image_bytes
     values.words = [len(text.split()) for text in values.captions]
     if count_tokens is not None and values.captions:
         values.tokens = count_tokens(values.captions)

@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from isthmus import storage
 from isthmus.data import manifest as module
-from isthmus.data import reuse, scan
+from isthmus.data import ranges, reuse
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.errors import StorageError
@@ -139,14 +139,14 @@ def test_a_shard_that_the_store_failed_to_give_is_tried_again(
 ) -> None:
     make_dataset(tmp_path, 4, per_shard=2)
     with monkeypatch.context() as broken:
-        real = scan.RangeReader
+        read = ranges.RangeReader.read
 
-        def failing(url: str) -> Any:
-            if url.endswith("00001.tar"):
+        def failing(reader: ranges.RangeReader, offset: int, length: int) -> bytes:
+            if reader.url.endswith("00001.tar"):
                 raise StorageError("The store does not answer.")
-            return real(url)
+            return read(reader, offset, length)
 
-        broken.setattr(scan, "RangeReader", failing)
+        broken.setattr(ranges.RangeReader, "read", failing)
         report = index(str(tmp_path))
     assert report.samples == 2 and "does not answer" in report.problems[0].reason
     scanned.clear()

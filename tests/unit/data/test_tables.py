@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from isthmus import storage
-from isthmus.data import readers
+from isthmus.data import readers, reuse
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.readers import Failure, RawSample, read_rows
 from isthmus.data.uris import image_url, store_of
@@ -118,7 +118,10 @@ def test_places_that_are_allowed_by_name_stay_so_for_readers(tmp_path: Path) -> 
     assert all("lies outside" in s.reason for s in read(f"{tmp_path}/set") if isinstance(s, Failure))
 
 
-def test_images_that_changed_are_noticed_by_readers_check_and_index(tmp_path: Path) -> None:
+def test_images_that_changed_are_noticed_by_readers_check_and_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reuse, "SETTLED_S", -60.0)  # the table itself is as it was
     uris = images(str(tmp_path), 3)
     table(f"{tmp_path}/x.parquet", uris)
     digest = index(str(tmp_path)).digest
