@@ -185,6 +185,8 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         if not rest.strip("/"):
             raise StorageError(f"{url} names no bucket.", "Write s3://BUCKET/FOLDER.")
         return _s3(tuple(os.environ.get(name) for name in _S3_VARIABLES), os.getpid()), rest.rstrip("/")
+    if scheme in ("http", "https"):  # the one family whose paths are the whole URL
+        return _fsspec(scheme), url
     return _fsspec(scheme), rest.rstrip("/")
 
 
@@ -221,13 +223,17 @@ _fsspec_lock = threading.Lock()
 def _fsspec(scheme: str) -> pafs.FileSystem:
     import fsspec
 
+    # Listings are not remembered: a folder that is indexed again has changed. A web address that was allowed must not
+    # lead to one that was not.
+    options = {"allow_redirects": False} if scheme in ("http", "https") else {}
     try:
         with _fsspec_lock:
-            filesystem = fsspec.filesystem(scheme)
+            filesystem = fsspec.filesystem(scheme, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         known = sorted({"s3", "file", "gs", "abfs", "hdfs", *fsspec.available_protocols()})
+        hint = "" if scheme in known else nearest(scheme, known)
         raise StorageError(
-            f"The URL scheme '{scheme}://' cannot be opened: {error}.{nearest(scheme, known)}",
+            f"The URL scheme '{scheme}://' cannot be opened: {error}.{hint}",
             "Use a local path or s3://, or install the fsspec package of that store.",
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))

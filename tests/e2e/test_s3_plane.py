@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from isthmus import storage
@@ -88,6 +90,36 @@ def test_index_check_and_read(server: s3.S3Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no"):
         storage.write_bytes(server.url("nothing", "readme.txt"), b"x")
         index(server.url("nothing"))
+
+
+def test_indexing_again_goes_by_etags(server: s3.S3Server, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "again", 6, per_shard=2)
+    url = upload(tmp_path / "again", server.url("again"))
+    first = index(url)
+    again = index(url)
+    assert (first.reused, again.reused, again.digest) == (0, 3, first.digest)
+    shard = tmp_path / "again" / "shard-00001.tar"
+    storage.write_bytes(f"{url}/{shard.name}", shard.read_bytes().replace(b"picture number 3", b"picture number 7"))
+    changed = index(url)
+    assert changed.reused == 2 and changed.digest != first.digest
+    files = [storage.read_bytes(f"{url}/manifest.{kind}") for kind in ("json", "parquet")]
+    index(url, fresh=True)
+    assert files == [storage.read_bytes(f"{url}/manifest.{kind}") for kind in ("json", "parquet")]
+
+
+def test_a_table_names_images_of_its_bucket(server: s3.S3Server) -> None:
+    url = server.url("named", "set")
+    for n in range(40):
+        storage.write_bytes(server.url("named", f"images/{n}.png"), image_bytes(n))
+    uris = [server.url("named", f"images/{n}.png") for n in range(40)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"path": [*uris, "s3://other/x.png"], "caption": ["words"] * 41}), sink)
+    storage.write_bytes(f"{url}/x.parquet", sink.getvalue().to_pybytes())
+    report = index(url)
+    assert report.samples == 40 and "s3://other/x.png lies outside of s3://lake" in report.problems[0].reason
+    rows = list(range(39, -1, -1))
+    samples = list(read_rows(Manifest.load(url), rows))
+    assert [s.image for s in samples if isinstance(s, RawSample)] == [image_bytes(n) for n in rows]
 
 
 def test_quarantine_and_cache_live_on_s3(server: s3.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_starting_imports_nothing_heavy() -> None:
     "words",
     [
         *(("demo",), ("train",), ("run",), ("evaluate",), ("caption",), ("embed",), ("serve",), ("doctor",)),
-        *(("data", "fetch"), ("data", "index"), ("data", "check"), ("data", "cache")),
+        *(("data", "fetch"), ("data", "index"), ("data", "check"), ("data", "stats"), ("data", "cache")),
         *(("model", "list"), ("model", "show"), ("model", "promote")),
     ],
 )
@@ -156,6 +156,23 @@ def test_data_index_says_with_its_status_that_something_is_left_out(
     ran = run("data", "index", "lake", *more)
     assert ran.code == code
     assert ("1 problem left out; the rest is indexed" in ran.out) == bool(faults)
+
+
+def test_data_index_hands_on_what_was_asked(run: Callable[..., Ran], fake: Any) -> None:
+    calls = fake("isthmus.data.manifest", "index", IndexReport(8, 1, (), reused=1))
+    assert "reused" in run("data", "index", "lake").out
+    run("data", "index", "a", "s3://b/c.tar", "--out", "o", "--images-only", "--images-from", "s3://d", "--fresh")
+    plain = {"captions": "required", "images_from": (), "fresh": False}
+    asked = {"captions": "optional", "images_from": ["s3://d"], "fresh": True}
+    assert calls == [(("lake", None), plain), ((["a", "s3://b/c.tar"], "o"), asked)]
+
+
+def test_faults_stand_in_a_table_of_their_own_that_is_cut(run: Callable[..., Ran], fake: Any) -> None:
+    problems = tuple(Problem("a.tar", 512 * n, f"k{n}", "is [cut] short") for n in range(shell._ROWS + 5))
+    fake("isthmus.data.manifest", "index", IndexReport(8, 1, problems))
+    shown = run("data", "index", "lake").out
+    assert shown.count("is [cut] short") == shell._ROWS and "and 5 more" in shown and "offset" in shown
+    assert len(run("data", "index", "lake", "--json").json["problems"]) == shell._ROWS + 5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``isthmus data``: bring, index, check and encode image-text data."""
+"""``isthmus data``: bring, index, check, count and encode image-text data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from isthmus.commands import recipes
-from isthmus.commands.shell import USAGE, show
+from isthmus.commands.shell import USAGE, plain, show
 from isthmus.errors import ConfigError
 from isthmus.ray_session import ray_session
 
-app = typer.Typer(no_args_is_help=True, help="Bring, index, check and encode image-text data.")
+app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count and encode image-text data.")
 
 
 @app.command()
@@ -44,27 +44,46 @@ def _count_problems(problems: Sequence[object], what: str) -> str:
 
 @app.command()
 def index(
-    url: Annotated[str, typer.Argument(help="Folder or URL of tars or Parquet files")],
-    out: Annotated[str | None, typer.Option(help="Where the manifest goes; beside the shards by default.")] = None,
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="Folders of tars or Parquet files, or such files")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Where the manifest goes; beside the shards by default, needed for several URLs.")
+    ] = None,
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Keep images without a caption too: a lake that is to be captioned.")
     ] = False,
+    images_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Images named by Parquet files may lie below this URL too.", show_default=False
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read every shard, also those that have not changed.")] = False,
     skip_faulty: Annotated[
         bool, typer.Option("--skip-faulty", help="Exit with 0 also when something had to be left out.")
     ] = False,
 ) -> None:
     """List every sample's shard, offset and id, so that training can read by byte range.
 
-    What cannot be used is left out and listed; the exit status is then 2, although the rest is indexed.
+    Run again, it reads only shards that are new or have changed. What cannot be used is left out and listed; the exit
+    status is then 2, although the rest is indexed.
 
     Examples:
       $ isthmus data index data/demo/train
       $ isthmus data index s3://bucket/lake --images-only --out s3://bucket/manifests/lake
+      $ isthmus data index s3://bucket/a s3://bucket/b/00000.tar --out s3://bucket
     """
     from isthmus.data.manifest import index as work
 
     with ray_session():
-        report = work(url, out, captions="optional" if images_only else "required")
+        report = work(
+            urls[0] if len(urls) == 1 else urls,
+            out,
+            captions="optional" if images_only else "required",
+            images_from=images_from or (),
+            fresh=fresh,
+        )
     show(report, title=_count_problems(report.problems, "left out; the rest is indexed (--skip-faulty accepts that)"))
     if report.problems and not skip_faulty:
         raise typer.Exit(USAGE)
@@ -72,7 +91,7 @@ def index(
 
 @app.command()
 def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> None:
-    """Verify sizes and digests of an indexed data set, and that every image decodes.
+    """Verify sizes and digests of an indexed data set and that every image decodes, and list every fault of its shards.
 
     Examples:
       $ isthmus data check data/demo/train
@@ -84,6 +103,40 @@ def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> No
     show(report, title=_count_problems(report.problems, "found"))
     if not report.ok:
         raise typer.Exit(USAGE)
+
+
+@app.command()
+def stats(
+    url: Annotated[str, typer.Argument(help="An indexed data set")],
+    out: Annotated[
+        str | None, typer.Option(help="Also write a page with plots and pictures to this .html file.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Count tokens too: weights or a folder with a tokenizer.")
+    ] = None,
+) -> None:
+    """Count samples, captions, image sizes, formats and copies, of all or of a seeded sample of them.
+
+    Examples:
+      $ isthmus data stats data/demo/train
+      $ isthmus data stats s3://bucket/lake --sample 10000 --out lake.html --json
+    """
+    from isthmus.data.stats import data_stats as work
+
+    count_tokens = None
+    if tokenizer is not None:
+        from isthmus.models.text import load_tokenizer
+
+        known = load_tokenizer(tokenizer)
+        count_tokens = lambda texts: [len(ids) for ids in known(texts, add_special_tokens=False)["input_ids"]]  # noqa: E731
+    found, values = work(url, sample=sample, seed=seed, count_tokens=count_tokens)
+    if out is not None:
+        from isthmus.pipeline.dataset import write_page
+
+        write_page(out, found, values)
+    show(found if out is None else {**plain(found), "page": out})
 
 
 @app.command()

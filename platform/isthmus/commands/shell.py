@@ -21,6 +21,7 @@ from isthmus.errors import IsthmusError
 
 USAGE = 2
 INTERRUPTED = 130
+_ROWS = 20
 
 
 @dataclass
@@ -137,22 +138,28 @@ def _print_table(result: Mapping[str, Any], title: str) -> None:
     console = Console(highlight=False)
     if title:
         console.print(title)
-    rows = next((v for v in result.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
-    if rows is not None and len(result) == 1:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in rows[0]:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(_cell(v) for v in row.values()))
-    else:
+    tables = {k: v for k, v in result.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    if len(result) > len(tables):
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        for key, value in _flat(result):
-            if value == []:
-                continue
-            table.add_row(key, _cell(value))
-    console.print(table)
+        for key, value in _flat({k: v for k, v in result.items() if k not in tables}):
+            if value != [] and value != {}:
+                table.add_row(key, _cell(value))
+        console.print(table)
+    for key, rows in tables.items():
+        # A command that returns a list alone shows all of it; beside other results it is cut.
+        most = len(rows) if len(result) == 1 else _ROWS
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in rows[0]:
+            table.add_column(column, overflow="fold")
+        for row in rows[:most]:
+            table.add_row(*(_cell(v) for v in row.values()))
+        if len(result) > 1:
+            console.print(f"\n{key}", style="bold")
+        console.print(table)
+        if len(rows) > most:
+            console.print(f"and {len(rows) - most} more (--json shows all)")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

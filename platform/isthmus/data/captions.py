@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-TEXT_KINDS = ("txt", "json")
+TEXT_KINDS = ("txt", "json", "caption")
 """Members that may hold captions, the preferred one first."""
 
 
 def parse_captions(data: bytes, kind: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """(captions, the remaining fields) of a text member.
 
-    ``txt``: every non-empty line is a caption. ``json``: the field ``captions`` (a list) or ``caption`` (a text); the
-    other fields are the sample's meta data.
+    ``txt``, ``caption``: every non-empty line is a caption. ``json``: the field ``captions`` (a list) or ``caption``
+    (a text); the other fields are the sample's meta data.
 
     Raises:
         ValueError: bytes that are no UTF-8 or no JSON object, with the reason.
@@ -39,6 +39,21 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("the .json member holds no object")
     return value
+
+
+def parse_side(data: bytes) -> dict[str, Any]:
+    """The fields of a member beside the captions: a JSON object, or ``{"class": ...}`` of a ``.cls`` member's text.
+
+    Raises:
+        ValueError: bytes that are neither, with the reason.
+    """
+    try:
+        return parse_meta(data)
+    except ValueError:
+        text = data.decode("utf-8-sig", errors="replace").strip()
+        if text.startswith(("{", "[")) or "\n" in text:
+            raise
+        return {"class": text}
 
 
 def as_captions(value: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus import storage
+from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found, find
 from isthmus.data.parallel import map_ordered
-from isthmus.data.ranges import RangeReader, Sequential
-from isthmus.data.scan import IMAGE_ID_COLUMN, SCHEMA, Problem, Scan, scan_shard
+from isthmus.data.records import IMAGE_ID_COLUMN, URI, Problem
+from isthmus.data.reuse import Before, Part, joined, save_stamps, stamps_of
+from isthmus.data.scan import scan_shard
+from isthmus.data.uris import store_of
 from isthmus.errors import DataError
 
 VERSION = 1
-TABLE_FILE, HEADER_FILE = "manifest.parquet", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class Manifest:
         root: URL of the folder.
         digest: sha256 over the shards' names, sizes and digests and over the table; independent of where it lies.
         shards: in the order that the column ``shard`` counts.
-        table: one row per sample, columns of :data:`isthmus.data.scan.SCHEMA`, ordered by (shard, offset).
+        table: one row per sample, columns of :data:`isthmus.data.records.SCHEMA`, ordered by (shard, offset).
+        images_from: further places of images that tables name, beside the store that ``root`` is in.
     """
 
     root: str
     digest: str
     shards: tuple[Shard, ...]
     table: pa.Table
+    images_from: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -90,6 +94,11 @@ class Manifest:
         """The URL of shard number ``shard``."""
         return storage.join(self.root, self.shards[shard].name)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """URLs below which images may lie that a table names (:func:`isthmus.data.uris.image_url`)."""
+        return (store_of(self.root), *self.images_from)
+
     @classmethod
     def load(cls, url: str, *, verify: bool = True) -> Manifest:
         """The manifest in the folder ``url``.
@@ -115,7 +124,7 @@ class Manifest:
             raise DataError(f"The manifest of {url} is damaged: {error}.", "Index the folder again.") from error
         if version != VERSION:
             raise DataError(f"The manifest of {url} has version {version}, not {VERSION}.", "Index the folder again.")
-        manifest = cls(url, header["digest"], shards, table)
+        manifest = cls(url, header["digest"], shards, table, tuple(header.get("images_from", ())))
         if _digest(shards, table) != manifest.digest:
             raise DataError(
                 f"{HEADER_FILE} and {TABLE_FILE} of {url} do not belong together.", "Index the folder again."
@@ -139,12 +148,22 @@ class Manifest:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What ``index`` found: usable samples, shards, the faults, and the manifest's digest."""
+    """What ``index`` found.
+
+    Attributes:
+        samples: usable ones.
+        shards: of them ``reused`` were not read, since they are as the last index saw them.
+        problems: the faults.
+        digest: the manifest's.
+        passed_over: Parquet files beside a tar of the same name that hold no images: tables of its meta data.
+    """
 
     samples: int
     shards: int
     problems: tuple[Problem, ...]
     digest: str = ""
+    reused: int = 0
+    passed_over: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,88 +181,75 @@ class CheckReport:
 
 
 def index(
-    urls: str | Sequence[str], out: str | None = None, *, captions: Literal["required", "optional"] = "required"
+    urls: str | Sequence[str],
+    out: str | None = None,
+    *,
+    captions: Literal["required", "optional"] = "required",
+    images_from: Sequence[str] = (),
+    fresh: bool = False,
 ) -> IndexReport:
-    """Scan shards and write their manifest.
+    """Scan shards and write their manifest. Shards that have not changed since the last index are not read.
 
     Args:
-        urls: a folder whose ``.tar`` and ``.parquet`` shards are taken (at any depth), or a list of shard URLs.
+        urls: a folder whose ``.tar`` and ``.parquet`` shards are taken (at any depth), or a list of folders and shards.
         out: folder the manifest goes to; the folder itself by default, needed for a list.
         captions: ``optional`` also keeps images without a caption (an image lake that is to be captioned).
+        images_from: further URLs below which images may lie that Parquet files name; their own store always counts.
+        fresh: read every shard, whatever the last index knows.
 
     Raises:
         DataError: no shards, no usable sample (with the first reasons), or two samples of one id.
         StorageError: a folder that cannot be listed or written.
     """
-    root, found = _shards(urls, out)
-    scan = functools.partial(_scan, root=root, need_captions=captions == "required")
-    scans = list(map_ordered(scan, [url for url, _ in found], label="Indexing"))
-    problems = tuple(problem for one in scans for problem in one.problems)
-    shards = tuple(Shard(one.name, one.size, len(one.samples), one.digest) for one in scans)
-    table = _table(scans)
+    root, found = find(urls, out)
+    own = store_of(root)
+    stores = [store_of(url) for url in ([urls] if isinstance(urls, str) else urls)]
+    more = sorted({*images_from, *stores} - {own})
+    rules = {"captions": captions}
+    before = Before() if fresh else Before.load(root, rules)
+    stamps = stamps_of(found)
+    kept = {file.name: part for file in found if (part := before.part(file, stamps[file.name]))}
+    scan = functools.partial(_scan, need_captions=captions == "required", places=(own, *more))
+    rest = [file for file in found if file.name not in kept]
+    kept |= {part.name: part for part in map_ordered(scan, rest, label="Indexing")}
+    parts = [part for file in found if not (part := kept[file.name]).passed_over]
+    problems = tuple(problem for part in parts for problem in part.problems)
+    shards = tuple(Shard(part.name, part.size, len(part.table), part.digest) for part in parts)
+    table = joined(parts)
     if not len(table):
         raise DataError(
-            f"None of the {len(scans)} shard(s) of {root} holds a usable sample. {_first(problems)}",
+            f"None of the {len(parts)} shard(s) of {root} holds a usable sample. {_first(problems)}",
             "A sample is an image and a caption of one name (KEY.jpg, KEY.txt); `--images-only` takes images alone."
             if any("no caption" in p.reason for p in problems)
             else "Mend or remove these shards.",
         )
     _refuse_collisions(table, shards)
     digest = _digest(shards, table)
-    _write(root, shards, table, digest, problems)
-    return IndexReport(len(table), len(shards), problems, digest)
+    stamps = {part.name: stamps[part.name] if part.final else "" for part in parts}
+    _write(root, shards, table, digest, problems, more, stamps, rules)
+    return IndexReport(
+        len(table), len(shards), problems, digest, reused=len(found) - len(rest), passed_over=len(found) - len(parts)
+    )
 
 
 def check(url: str) -> CheckReport:
-    """Verify an indexed folder: sizes and digests of the shards, and that every image decodes.
+    """Verify an indexed folder: sizes and digests of the shards, that every image decodes, and every fault of the
+    shards that kept samples out of the index.
 
     Raises:
         DataError: the folder is not indexed.
     """
+    from isthmus.data.check import check_shard  # reads through this module's Manifest
+
     manifest = Manifest.load(url, verify=False)
     numbers = range(len(manifest.shards))
-    verify: Callable[[int], list[Problem]] = functools.partial(_check_shard, url)
+    verify: Callable[[int], list[Problem]] = functools.partial(check_shard, url, manifest.digest)
     problems = [p for found in map_ordered(verify, numbers, label="Checking") for p in found]
     return CheckReport(len(manifest), len(manifest.shards), tuple(problems))
 
 
-def _shards(urls: str | Sequence[str], out: str | None) -> tuple[str, list[tuple[str, int]]]:
-    if isinstance(urls, str):
-        root = out or urls
-        found = [
-            item
-            for item in storage.list_files(urls, (".tar", ".parquet"))
-            if not item[0].endswith("/" + TABLE_FILE) and item[0] != TABLE_FILE
-        ]
-        if not found:
-            packed = storage.list_files(urls, (".tar.gz", ".tgz", ".tar.zst"))
-            raise DataError(
-                f"{urls} holds no .tar or .parquet shards.",
-                "Unpack the compressed tars: they cannot be read at an offset." if packed else "Check the folder.",
-            )
-        return root, found
-    if not urls or not out:
-        raise DataError(
-            "A list of shards to index is empty or lacks 'out'.", "Name the shards and a folder for the manifest."
-        )
-    return out, sorted((url, storage.size(url)) for url in urls)
-
-
-def _scan(url: str, root: str, need_captions: bool) -> Scan:
-    prefix = root.rstrip("/") + "/"
-    if url.startswith(prefix):
-        name = url[len(prefix) :]
-    else:
-        name = str(storage.local_path(url).absolute()) if storage.is_local(url) else url
-    return scan_shard(url, name, need_captions)
-
-
-def _table(scans: Sequence[Scan]) -> pa.Table:
-    parts = []
-    for number, scan in enumerate(scans):
-        rows = [{**sample, "shard": number} for sample in scan.samples]
-        parts.append(pa.Table.from_pylist(rows, schema=SCHEMA))
-    return pa.concat_tables(parts)
+def _scan(file: Found, need_captions: bool, places: Sequence[str]) -> Part:
+    return Part.of(scan_shard(file.url, file.name, need_captions, places, file.beside_tar))
 
 
 def _refuse_collisions(table: pa.Table, shards: Sequence[Shard]) -> None:
@@ -266,60 +272,37 @@ def _digest(shards: Sequence[Shard], table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def _write(root: str, shards: Sequence[Shard], table: pa.Table, digest: str, problems: Sequence[Problem]) -> None:
+def _write(
+    root: str,
+    shards: Sequence[Shard],
+    table: pa.Table,
+    digest: str,
+    problems: Sequence[Problem],
+    images_from: Sequence[str],
+    stamps: dict[str, str],
+    rules: dict[str, Any],
+) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
-    storage.make_dirs(root)
-    # The header goes last and names the table's digest: a reader between the two writes is told, not misled.
-    storage.write_bytes(storage.join(root, TABLE_FILE), sink.getvalue().to_pybytes())
-    header = {
+    table_bytes = sink.getvalue().to_pybytes()
+    header: dict[str, Any] = {
         "version": VERSION,
         "digest": digest,
         "samples": len(table),
         "shards": [asdict(shard) for shard in shards],
         "problems": [asdict(problem) for problem in problems],
     }
-    storage.write_bytes(storage.join(root, HEADER_FILE), json.dumps(header, indent=1).encode())
+    if images_from and pc.any(pc.equal(table["image_ext"], URI)).as_py():
+        header["images_from"] = list(images_from)
+    header_bytes = json.dumps(header, indent=1).encode()
+    storage.make_dirs(root)
+    # The header goes last and names the table's digest: a reader between the two writes is told, not misled.
+    storage.write_bytes(storage.join(root, TABLE_FILE), table_bytes)
+    storage.write_bytes(storage.join(root, HEADER_FILE), header_bytes)
+    save_stamps(root, stamps, rules, header_bytes, table_bytes)
 
 
 def _first(problems: Sequence[Problem], count: int = 3) -> str:
     shown = "; ".join(f"{p.shard} at {p.offset}{f' ({p.key})' if p.key else ''}: {p.reason}" for p in problems[:count])
     more = f"; and {len(problems) - count} more" if len(problems) > count else ""
     return f"{shown}{more}." if shown else ""
-
-
-def _check_shard(url: str, number: int) -> list[Problem]:
-    from isthmus.data.readers import Failure, read_rows
-    from isthmus.data.transforms import DecodeError, decode_image
-
-    manifest = _cached(url)
-    shard = manifest.shards[number]
-    if not storage.exists(manifest.url(number)):
-        return [Problem(shard.name, 0, "", "the shard is gone")]
-    handle = Sequential(RangeReader(manifest.url(number)))
-    handle.drain()
-    problems = []
-    if handle.digest != shard.digest:
-        problems.append(
-            Problem(shard.name, 0, "", f"the content has changed ({handle.tell()} bytes, {shard.size} indexed)")
-        )
-    for row, sample in _rows_of(manifest, number, read_rows):
-        offset = manifest.table["image_offset"][row].as_py()
-        if isinstance(sample, Failure):
-            problems.append(Problem(shard.name, sample.offset, sample.key, sample.reason))
-            continue
-        try:
-            decode_image(sample.image)
-        except DecodeError as error:
-            problems.append(Problem(shard.name, offset, sample.key, error.reason))
-    return problems
-
-
-def _rows_of(manifest: Manifest, number: int, read_rows: Callable) -> zip:
-    rows = np.flatnonzero(manifest.table["shard"].to_numpy() == number)
-    return zip(rows.tolist(), read_rows(manifest, rows), strict=True)
-
-
-@functools.lru_cache(maxsize=4)
-def _cached(url: str) -> Manifest:
-    return Manifest.load(url, verify=False)

@@ -140,10 +140,10 @@ class _Handles:
     """Open readers of this process, the least recently used closed first."""
 
     def __init__(self, limit: int = 64) -> None:
-        self._get = functools.lru_cache(maxsize=limit)(lambda url, _pid: RangeReader(url))
+        self._get = functools.lru_cache(maxsize=limit)(lambda url, _version, _pid: RangeReader(url))
 
-    def __call__(self, url: str) -> RangeReader:
-        return self._get(url, os.getpid())
+    def __call__(self, url: str, version: str = "") -> RangeReader:
+        return self._get(url, version, os.getpid())
 
     def forget(self) -> None:
         """Let all handles go, so that files rewritten by this process are seen."""
@@ -151,4 +151,5 @@ class _Handles:
 
 
 open_range = _Handles()
-"""``open_range(url)``: the process's shared :class:`RangeReader` of a file."""
+"""``open_range(url, version)``: the process's shared :class:`RangeReader` of a file; another version (the digest that
+a manifest gives) is opened anew."""

@@ -22,11 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from isthmus import storage
-from isthmus.data.captions import as_captions, parse_captions, parse_meta
+from isthmus.data.captions import as_captions, parse_captions, parse_side
 from isthmus.data.manifest import Manifest
-from isthmus.data.ranges import open_range
-from isthmus.data.scan import parquet_columns
-from isthmus.errors import IsthmusError
+from isthmus.data.ranges import RangeReader, open_range
+from isthmus.data.records import URI
+from isthmus.data.tables import parquet_columns
+from isthmus.data.transforms import MAX_BYTES
+from isthmus.data.uris import image_url
+from isthmus.errors import IsthmusError, StorageError
 
 _WINDOW = 256  # rows planned together; bounds the memory of a pass over the whole set
 _GAP = 64 << 10  # two ranges closer than this are cheaper as one request
@@ -73,21 +76,27 @@ def failure_of(manifest: Manifest, row: int, reason: str, data: bytes = b"") -> 
     return Failure(record["id"], record["key"], manifest.shards[record["shard"]].name, offset, reason, digest)
 
 
-def read_rows(manifest: Manifest, rows: Iterable[int]) -> Iterator[RawSample | Failure]:
+def read_rows(manifest: Manifest, rows: Iterable[int], head: int | None = None) -> Iterator[RawSample | Failure]:
     """The samples of ``rows`` (manifest row numbers), one for one and in that order.
+
+    ``head`` asks for no more than so many bytes of each image, as far as its shard allows (Parquet files hold them in
+    compressed pages). An image larger than :data:`~isthmus.data.transforms.MAX_BYTES` is a failure and is not fetched.
 
     Neighbouring ranges are fetched as one request and several requests run at once; a failing request is repeated at
     its offset on a fresh connection.
     """
     waiting = iter(rows)
     while window := [int(row) for row in islice(waiting, _WINDOW)]:
-        yield from _read_window(manifest, window)
+        yield from _read_window(manifest, window, head)
 
 
-def _read_window(manifest: Manifest, rows: Sequence[int]) -> list[RawSample | Failure]:
+def _read_window(manifest: Manifest, rows: Sequence[int], head: int | None) -> list[RawSample | Failure]:
     records = _records(manifest, rows)
-    pieces = _fetch(manifest, records)
-    return [_sample(manifest, row, record, pieces) for row, record in zip(rows, records, strict=True)]
+    pieces = _fetch(manifest, records, head)
+    make = functools.partial(_sample, manifest, pieces, head)
+    if any(record["image_ext"] == URI for record in records):
+        return list(_pool(os.getpid()).map(make, rows, records))
+    return [make(row, record) for row, record in zip(rows, records, strict=True)]
 
 
 def _records(manifest: Manifest, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -98,13 +107,18 @@ Piece = tuple[int, int, int]
 """(shard number, offset, length)"""
 
 
-def _fetch(manifest: Manifest, records: Sequence[dict[str, Any]]) -> dict[Piece, bytes | str]:
+def _piece(record: dict[str, Any], name: str, head: int | None) -> Piece:
+    length = record[f"{name}_length"]
+    return record["shard"], record[f"{name}_offset"], min(length, head) if name == "image" and head else length
+
+
+def _fetch(manifest: Manifest, records: Sequence[dict[str, Any]], head: int | None) -> dict[Piece, bytes | str]:
     """Every byte range that the records name; a text instead of bytes says why one could not be read."""
     wanted: set[Piece] = set()
     for record in records:
-        for name in ("image", "text", "meta"):
-            if record["row"] < 0 and record[f"{name}_length"] >= 0:
-                wanted.add((record["shard"], record[f"{name}_offset"], record[f"{name}_length"]))
+        if record["row"] < 0 and record["image_length"] <= MAX_BYTES:
+            there = (name for name in ("image", "text", "meta") if record[f"{name}_length"] >= 0)
+            wanted |= {_piece(record, name, head) for name in there}
     spans = _coalesce(sorted(wanted))
     found: dict[Piece, bytes | str] = {}
     if len(spans) > 1 and not storage.is_local(manifest.root):
@@ -131,23 +145,32 @@ def _coalesce(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def _read_span(manifest: Manifest, span: Sequence[Piece]) -> dict[Piece, bytes | str]:
-    shard, start, _ = span[0]
-    end = max(offset + length for _, offset, length in span)
+    shard = span[0][0]
     try:
-        data = open_range(manifest.url(shard)).read(start, end - start)
+        file = open_range(manifest.url(shard), manifest.shards[shard].digest)
+        # A file that was cut since still gives what lies before the cut.
+        there = [piece for piece in span if piece[1] + piece[2] <= file.size]
+        if len(there) < len(span):
+            gone = dict.fromkeys(span, f"{file.url} has {file.size} bytes: it has changed, index it again.")
+            return gone | (_read_span(manifest, there) if there else {})
+        start = span[0][1]
+        data = file.read(start, max(offset + length for _, offset, length in span) - start)
     except IsthmusError as error:
         return dict.fromkeys(span, str(error))
     return {piece: data[piece[1] - start : piece[1] - start + piece[2]] for piece in span}
 
 
 def _sample(
-    manifest: Manifest, row: int, record: dict[str, Any], pieces: dict[Piece, bytes | str]
+    manifest: Manifest, pieces: dict[Piece, bytes | str], head: int | None, row: int, record: dict[str, Any]
 ) -> RawSample | Failure:
+    if record["image_length"] > MAX_BYTES:
+        reason = f"the image of {record['image_length']} bytes is larger than the limit of {MAX_BYTES}"
+        return failure_of(manifest, row, reason)
     if record["row"] >= 0:
-        return _parquet_sample(manifest, row, record)
+        return _parquet_sample(manifest, row, record, head)
 
     def piece(name: str) -> bytes | str:
-        return pieces[(record["shard"], record[f"{name}_offset"], record[f"{name}_length"])]
+        return pieces[_piece(record, name, head)]
 
     image = piece("image")
     if isinstance(image, str):
@@ -158,7 +181,7 @@ def _sample(
         if record["text_length"] >= 0:
             captions, meta = parse_captions(_bytes(piece("text")), record["text_ext"])
         if record["meta_length"] >= 0 and record["text_ext"] != "json":
-            meta = parse_meta(_bytes(piece("meta")))
+            meta = parse_side(_bytes(piece("meta")))
     except ValueError as error:
         return failure_of(manifest, row, str(error), image)
     return RawSample(record["id"], record["key"], image, captions, meta)
@@ -183,30 +206,35 @@ class _RowGroups:
 
     def __init__(self, most: int = 256 << 20) -> None:
         self._most, self._held, self._lock = most, 0, threading.Lock()
-        self._tables: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._files: dict[str, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._tables: OrderedDict[tuple[str, str, int], pa.Table] = OrderedDict()
+        self._files: dict[tuple[str, str], tuple[pq.ParquetFile, np.ndarray]] = {}
 
-    def row(self, url: str, row: int) -> dict[str, Any]:
-        """One row of a Parquet shard as a dict with ``image``, ``captions`` and ``meta``."""
+    def row(self, url: str, version: str, row: int) -> dict[str, Any]:
+        """One row of a Parquet shard as a dict with ``image`` (bytes or the file's URI), ``captions`` and ``meta``.
+
+        ``version`` is the digest of the file that is meant: another one is opened anew.
+        """
         with self._lock:
-            file, starts = self._file(url)
+            file, starts = self._file(url, version)
             group = int(np.searchsorted(starts, row, side="right")) - 1
-            table = self._table(url, file, group)
-        image, caption, _ = parquet_columns(table.schema, url)
+            table = self._table(url, version, file, group)
+        columns = parquet_columns(table.schema, url)
+        if row - int(starts[group]) >= len(table):
+            raise StorageError(f"{url} has no row {row}.", "The file has changed since it was indexed: index it again.")
         values = table.slice(row - int(starts[group]), 1).to_pylist()[0]
-        data = values.pop(image)
-        captions = as_captions(values.pop(caption)) if caption else ()
+        data = values.pop(columns.image)
+        captions = as_captions(values.pop(columns.caption)) if columns.caption else ()
         return {"image": data["bytes"] if isinstance(data, dict) else data, "captions": captions, "meta": values}
 
-    def _file(self, url: str) -> tuple[pq.ParquetFile, np.ndarray]:
-        if url not in self._files:
+    def _file(self, url: str, version: str) -> tuple[pq.ParquetFile, np.ndarray]:
+        if (url, version) not in self._files:
             file = pq.ParquetFile(storage.open_input(url))
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._files[url] = (file, np.concatenate([[0], np.cumsum(counts)[:-1]]))
-        return self._files[url]
+            self._files[url, version] = (file, np.concatenate([[0], np.cumsum(counts)[:-1]]))
+        return self._files[url, version]
 
-    def _table(self, url: str, file: pq.ParquetFile, group: int) -> pa.Table:
-        key = (url, group)
+    def _table(self, url: str, version: str, file: pq.ParquetFile, group: int) -> pa.Table:
+        key = (url, version, group)
         if key in self._tables:
             self._tables.move_to_end(key)
             return self._tables[key]
@@ -221,11 +249,25 @@ class _RowGroups:
 _row_groups = _RowGroups()
 
 
-def _parquet_sample(manifest: Manifest, row: int, record: dict[str, Any]) -> RawSample | Failure:
+def _parquet_sample(manifest: Manifest, row: int, record: dict[str, Any], head: int | None) -> RawSample | Failure:
+    url, version = manifest.url(record["shard"]), manifest.shards[record["shard"]].digest
     try:
-        found = _row_groups.row(manifest.url(record["shard"]), record["row"])
-    except (IsthmusError, OSError, pa.ArrowException) as error:
+        found = _row_groups.row(url, version, record["row"])
+        if not found["image"]:
+            return failure_of(manifest, row, "the image is empty")
+        image = found["image"]
+        if record["image_ext"] == URI:
+            image = _image_file(image_url(image, url, manifest.places), record["image_length"], head)
+    except (IsthmusError, ValueError, OSError, pa.ArrowException) as error:
         return failure_of(manifest, row, str(error))
-    if not found["image"]:
-        return failure_of(manifest, row, "the image is empty")
-    return RawSample(record["id"], record["key"], found["image"], found["captions"], found["meta"])
+    return RawSample(record["id"], record["key"], image, found["captions"], found["meta"])
+
+
+def _image_file(url: str, length: int, head: int | None) -> bytes:
+    file = RangeReader(url)
+    try:
+        if file.size != length:
+            raise ValueError(f"{url} has {file.size} bytes, {length} when it was indexed; index again")
+        return file.read(0, min(length, head) if head else length)
+    finally:
+        file.close()

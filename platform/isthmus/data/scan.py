@@ -6,110 +6,49 @@ at a member boundary looks complete to such an iterator. Every fault is a :class
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from isthmus.data.captions import TEXT_KINDS, as_captions, parse_captions
+from isthmus.data.captions import TEXT_KINDS, parse_captions
 from isthmus.data.ranges import RangeReader, Sequential
+from isthmus.data.records import IMAGE_KINDS, SCHEMA, Problem, Scan, image_id, sample_id
+from isthmus.data.tables import scan_parquet
 from isthmus.errors import DataError, IsthmusError
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
-IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "bytes")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-IMAGE_ID_COLUMN = "image_id"
-KEY_COLUMNS = ("key", "__key__", IMAGE_ID_COLUMN, "id")
+__all__ = ["SCHEMA", "Problem", "Scan", "image_id", "sample_id", "scan_shard"]
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("shard", pa.int32()),
-        ("key", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_length", pa.int64()),
-        ("image_ext", pa.string()),
-        ("text_offset", pa.int64()),
-        ("text_length", pa.int64()),
-        ("text_ext", pa.string()),
-        ("meta_offset", pa.int64()),
-        ("meta_length", pa.int64()),
-        ("row", pa.int64()),
-        ("image_id", pa.int64()),
-    ]
-)
-"""Columns of a manifest. Offsets and lengths are bytes in the shard, -1 where there is no such member; ``row`` is the
-row in a Parquet shard, -1 in tars; ``image_id`` is null where the data names none."""
+CLASS_KIND = "cls"
+UNREAD_IMAGES = ("heic", "heif", "jxl", "jp2", "jfif", "svg", "psd", "dng")
+"""Images that are not read; passing over them without a word would lose samples."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A fault found while indexing: shard's name, byte offset (Parquet: row), key ("" where none) and the reason."""
+def scan_shard(url: str, name: str, need_captions: bool, places: Sequence[str] = (), beside_tar: bool = False) -> Scan:
+    """Index one ``.tar`` or ``.parquet`` shard. Unreadable shards give a scan without samples and one problem.
 
-    shard: str
-    offset: int
-    key: str
-    reason: str
+    Args:
+        url, name: where it is, and its name in the manifest.
+        need_captions: a sample without a caption is a fault.
+        places: URLs below which images may lie that a Parquet file names instead of holding them.
+        beside_tar: a tar of the same name is there, so that a Parquet file without images is its table of meta data.
 
-
-@dataclass
-class Scan:
-    """What one shard holds: its bytes and sha256, one dict of ``SCHEMA`` columns per sample, and its problems."""
-
-    name: str
-    size: int = 0
-    digest: str = ""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def report(self, offset: int, key: str, reason: str) -> None:
-        """Note a fault."""
-        self.problems.append(Problem(self.name, offset, key, reason))
-
-
-def sample_id(shard: str, key: str) -> int:
-    """63-bit id of a sample: blake2b of ``shard/key``. Stays the same wherever the folder is copied to."""
-    return _hashed(f"{shard}/{key}")
-
-
-def image_id(value: Any) -> int | None:
-    """int64 id of the image that a sample's ``image_id`` names: an integer as it is, a text hashed as sample ids are.
-
-    None (no such field) stays None. ValueError with the reason for anything else.
+    Raises:
+        DataError: a Parquet file without a column of images.
     """
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():  # how a table holds integers of which some are missing
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if -(1 << 63) <= value < 1 << 63 else _hashed(str(value))
-    if isinstance(value, str) and value:
-        return _hashed(value)
-    raise ValueError("'image_id' is neither an integer nor a text; the sample counts as an image of its own")
-
-
-def _hashed(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def scan_shard(url: str, name: str, need_captions: bool) -> Scan:
-    """Index one ``.tar`` or ``.parquet`` shard. Unreadable shards give a scan without samples and one problem."""
     scan = Scan(name)
     try:
         if url.endswith(".parquet"):
-            _scan_parquet(url, scan, need_captions)
+            scan_parquet(url, scan, need_captions, places, beside_tar)
         else:
             _scan_tar(url, scan, need_captions)
     except DataError:
         raise
     except (IsthmusError, OSError, pa.ArrowException) as error:
         scan.report(0, "", str(error))
+        scan.final = False
     return scan
 
 
@@ -134,6 +73,9 @@ def _members(handle: Sequential, scan: Scan) -> Iterator[tarfile.TarInfo]:
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             if handle.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 scan.report(at, "", "only one of the two end-of-archive blocks is there")
+            end = handle.tell()
+            if handle.drain():
+                scan.report(end, "", "there is data behind the end of the archive; it is not indexed")
             return
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
             if not at:
@@ -143,10 +85,18 @@ def _members(handle: Sequential, scan: Scan) -> Iterator[tarfile.TarInfo]:
             else:
                 scan.report(at, "", "the end-of-archive blocks are missing: the archive may have been cut short here")
             return
-        except (tarfile.HeaderError, tarfile.TarError, ValueError, EOFError) as error:  # type: ignore[attr-defined]
+        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
             scan.report(at, "", f"damaged or cut tar header ({error}); what follows it is not indexed")
             return
+        if info.islnk() or info.issym():
+            if _kind(_split(info.name)[1]) in (*IMAGE_KINDS, *TEXT_KINDS):
+                reason = f"{info.name} is a link to {info.linkname}; links are not followed"
+                scan.report(info.offset, _split(info.name)[0], reason)
+            continue
         if not info.isreg():
+            continue
+        if info.issparse():
+            scan.report(info.offset, _split(info.name)[0], f"{info.name} is stored as a sparse file, which is not read")
             continue
         if info.offset_data + info.size > scan.size:
             there = max(0, scan.size - info.offset_data)
@@ -174,9 +124,7 @@ def _scan_tar(url: str, scan: Scan, need_captions: bool) -> None:
             seen.add(key)
         group.add(scan, info, extension, handle)
     group.finish(scan, need_captions)
-    end = handle.tell()
-    if handle.drain():
-        scan.report(end, "", "there is data behind the end of the archive; it is not indexed")
+    handle.drain()  # to the end, for the digest of the whole file
     scan.digest = handle.digest
     source.close()
 
@@ -190,11 +138,16 @@ class _Group:
     repeated: bool = False
     image: tuple[int, int, str] | None = None
     texts: dict[str, tuple[int, int, tuple[str, ...]]] = field(default_factory=dict)
+    label: tuple[int, int] = (-1, -1)
     image_id: int | None = None
 
     def add(self, scan: Scan, info: tarfile.TarInfo, extension: str, handle: Sequential) -> None:
-        kind = extension.rsplit(".", 1)[-1].lower()
-        if self.repeated or kind not in (*IMAGE_KINDS, *TEXT_KINDS):
+        kind = _kind(extension)
+        if self.repeated:
+            return
+        if kind in UNREAD_IMAGES:
+            scan.report(info.offset, self.key, f"images of the kind .{extension} are not read")
+        if kind not in (*IMAGE_KINDS, *TEXT_KINDS, CLASS_KIND):
             return
         if not info.size:
             scan.report(info.offset, self.key, f"the member .{extension} is empty")
@@ -203,6 +156,8 @@ class _Group:
                 self.image = (info.offset_data, info.size, kind)
             else:
                 scan.report(info.offset, self.key, f"a second image (.{extension}) of one key; the first one is kept")
+        elif kind == CLASS_KIND:
+            self.label = (info.offset_data, info.size)
         elif kind not in self.texts:
             try:
                 found, meta = parse_captions(handle.read(info.size), kind)
@@ -219,10 +174,10 @@ class _Group:
             return
         kind = next((k for k in TEXT_KINDS if k in self.texts and self.texts[k][2]), "")
         if need_captions and not kind:
-            scan.report(self.offset, self.key, "the sample has no caption (.txt, or .json with 'caption')")
+            scan.report(self.offset, self.key, "the sample has no caption (.txt, .caption, or .json with 'caption')")
             return
         text = self.texts.get(kind, (-1, -1, ()))
-        meta = self.texts.get("json", (-1, -1, ()))
+        meta = self.texts["json"][:2] if "json" in self.texts else self.label
         scan.samples.append(
             {
                 "id": sample_id(scan.name, self.key),
@@ -241,103 +196,13 @@ class _Group:
         )
 
 
+def _kind(extension: str) -> str:
+    """``jpg`` of ``jpg`` and of ``large.JPG``."""
+    return extension.rsplit(".", 1)[-1].lower()
+
+
 def _split(name: str) -> tuple[str, str]:
     """(key, extension) by webdataset's rule: the base name is cut at its first dot."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension
-
-
-# ------------------------------------------------------------------------------------------------ parquet
-
-
-def parquet_columns(schema: pa.Schema, where: str) -> tuple[str, str | None, str | None]:
-    """(image, caption or None, key or None): the columns that hold them.
-
-    Raises:
-        DataError: no column can hold the images.
-    """
-    image = next((n for n in IMAGE_COLUMNS if n in schema.names and _holds_bytes(schema.field(n).type)), None)
-    if image is None:
-        raise DataError(
-            f"{where} has no column of image bytes; its columns are {', '.join(schema.names)}.",
-            f"Name the column one of {', '.join(IMAGE_COLUMNS)} (binary, or a struct with 'bytes').",
-        )
-    pick = lambda names: next((n for n in names if n in schema.names and n != image), None)  # noqa: E731
-    return image, pick(CAPTION_COLUMNS), pick(KEY_COLUMNS)
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def image_lengths(column: pa.ChunkedArray) -> list[int | None]:
-    """Bytes of each image of a Parquet column."""
-    import pyarrow.compute as pc
-
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
-    return pc.binary_length(column).to_pylist()
-
-
-def _scan_parquet(url: str, scan: Scan, need_captions: bool) -> None:
-    source = RangeReader(url)
-    scan.size = source.size
-    handle = Sequential(source)
-    handle.drain()
-    scan.digest = handle.digest
-    from isthmus import storage
-
-    with storage.open_input(url) as opened:
-        file = pq.ParquetFile(opened)
-        image, caption, key = parquet_columns(file.schema_arrow, url)
-        owner = IMAGE_ID_COLUMN if IMAGE_ID_COLUMN in file.schema_arrow.names and image != IMAGE_ID_COLUMN else None
-        columns = list(dict.fromkeys(name for name in (image, caption, key, owner) if name))
-        seen: set[str] = set()
-        rows_of_image: Counter[str] = Counter()
-        row = 0
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=columns)
-            lengths = image_lengths(table[image])
-            captions: Iterable[Any] = table[caption].to_pylist() if caption else [None] * len(table)
-            keys = [str(k) for k in table[key].to_pylist()] if key else [f"{row + i:09d}" for i in range(len(table))]
-            owners: Iterable[Any] = table[owner].to_pylist() if owner else [None] * len(table)
-            for length, text, name, of in zip(lengths, captions, keys, owners, strict=True):
-                if key == IMAGE_ID_COLUMN:  # it names images, and an image may have a row for each of its captions
-                    rows_of_image[name] += 1
-                    name = name if rows_of_image[name] == 1 else f"{name}#{rows_of_image[name]}"
-                _parquet_row(scan, row, length, as_captions(text), name, of, seen, need_captions)
-                row += 1
-    source.close()
-
-
-def _parquet_row(
-    scan: Scan,
-    row: int,
-    length: int | None,
-    captions: tuple[str, ...],
-    key: str,
-    owner: Any,
-    seen: set[str],
-    need_captions: bool,
-) -> None:
-    if key in seen:
-        scan.report(row, key, "the key occurs a second time in this shard; only the first one is kept")
-        return
-    seen.add(key)
-    if not length:
-        scan.report(row, key, "the image is empty")
-    elif need_captions and not captions:
-        scan.report(row, key, "the sample has no caption")
-    else:
-        names = ("image_offset", "text_offset", "text_length", "meta_offset", "meta_length")
-        kind = "column" if captions else ""
-        fields = {"id": sample_id(scan.name, key), "key": key, "image_length": length, "image_ext": "", "row": row}
-        try:
-            image: int | None = image_id(owner)
-        except ValueError as error:
-            image = None
-            scan.report(row, key, str(error))
-        scan.samples.append({**dict.fromkeys(names, -1), **fields, "text_ext": kind, "image_id": image})

@@ -10,6 +10,8 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -18,6 +20,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 40_000_000
 """Larger images are refused from their header: a small file can name a size that exhausts the memory."""
+
+MAX_BYTES = 128 << 20
+"""Larger image files are refused unread: more than the pixels themselves would take at the limit."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is decoded. PIL knows forty more, and some of those run other programs (EPS) or nest images in one another."""
+
+_ORIENTATION = 0x0112
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -35,11 +45,35 @@ class DecodeError(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says: PIL's name of the format, and the size in pixels as displayed."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> Header:
+    """Format and size of an image, from its first bytes; no pixel is decoded.
+
+    Raises:
+        DecodeError: empty, unknown format, no area, or the header is not whole.
+    """
+    with _decoding(data, MAX_PIXELS):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+        if width < 1 or height < 1:
+            raise DecodeError(f"the image has no area ({width}x{height})")
+        return Header(str(image.format), width, height)
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
-    """An RGB image of the bytes of any format that PIL reads.
+    """An RGB image of the bytes of one of :data:`FORMATS`.
 
     The header is checked before pixels are allocated. EXIF orientation is applied, alpha is laid onto white, CMYK,
-    palette and 16-bit greys are converted, the first frame of an animation is taken, profiles are ignored.
+    palette, 16-bit and float greys are converted, the first frame of an animation is taken, profiles are ignored.
 
     Args:
         data: the file's bytes.
@@ -50,22 +84,31 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None
     Raises:
         DecodeError: empty, unknown format, too large, cut short or damaged.
     """
+    with _decoding(data, max_pixels):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise DecodeError(f"the image has no area ({width}x{height})")
+        if width * height > max_pixels:
+            raise DecodeError(f"the image of {width}x{height} pixels is larger than the limit of {max_pixels}")
+        if at_least and image.format in ("JPEG", "MPO"):  # a camera's JPEG with a preview behind it is an MPO
+            image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
+        image.seek(0)
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _decoding(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Turns whatever a decoder raises into a :class:`DecodeError`."""
     if not data:
         raise DecodeError("the image is empty")
+    if len(data) > MAX_BYTES:
+        raise DecodeError(f"the image of {len(data)} bytes is larger than the limit of {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a decompression-bomb warning is our own check below
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise DecodeError(f"the image has no area ({width}x{height})")
-            if width * height > max_pixels:
-                raise DecodeError(f"the image of {width}x{height} pixels is larger than the limit of {max_pixels}")
-            if at_least and image.format == "JPEG":
-                image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
-            image.seek(0)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            warnings.simplefilter("ignore")  # a decompression-bomb warning is our own check
+            yield
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -79,15 +122,22 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit greys; PIL's own conversion clips them to white
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    if image.mode.startswith("I") or image.mode == "F":  # deep greys; PIL's own conversion clips them to white
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535.0 if image.mode.startswith("I;16") else _white(values.max(initial=0), image.mode)
         image = Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8), mode="L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _white(largest: float, mode: str) -> float:
+    """The value of white where the mode does not say it: floats are shares, bytes or 16-bit values by their range."""
+    if mode == "F" and largest <= 1:
+        return 1.0
+    return 255.0 if largest <= 255 else 65535.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from isthmus.contracts import Reference
 
+_COLOURS = ("#1f6f8b", "#e58e26", "#9aa5ab", "#6ab04c")
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -45,15 +47,54 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], unit: str = "%")
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / max(len(groups), 1)
-    colours = ["#1f6f8b", "#e58e26", "#9aa5ab", "#6ab04c"]
     for i, (name, series) in enumerate(groups.items()):
         places = [x - 0.4 + width * (i + 0.5) for x in range(len(labels))]
-        axis.bar(places, [series.get(label, 0.0) for label in labels], width, label=name, color=colours[i % 4])
+        axis.bar(places, [series.get(label, 0.0) for label in labels], width, label=name, color=_COLOURS[i % 4])
     axis.set_xticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylabel(unit, fontsize=8)
     axis.tick_params(labelsize=8)
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def histogram(title: str, series: Mapping[str, Sequence[float]], unit: str, *, log: bool = False) -> str:
+    """How often values occur, one outline for each of ``series``, as an ``<svg>`` element.
+
+    Args:
+        title: above the plot.
+        series: name -> values; those without values are left out.
+        unit: of the values, below the plot.
+        log: bins of equal ratio instead of equal width, for values above 0.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    filled = {name: np.asarray(values, float) for name, values in series.items() if len(values)}
+    low = min((float(v.min()) for v in filled.values()), default=1.0)
+    high = max((float(v.max()) for v in filled.values()), default=2.0)
+    whole = all((v == v.round()).all() for v in filled.values()) and not log and high - low < 40
+    if whole:  # a bar for each number
+        edges = np.arange(low, high + 2) - 0.5
+    else:
+        edges = np.geomspace(low, high * 1.01, 41) if log else np.linspace(low, high + (high == low), 41)
+    figure = Figure(figsize=(4.8, 2.6), layout="constrained")
+    axis = figure.subplots()
+    for (name, values), colour in zip(filled.items(), _COLOURS, strict=False):
+        axis.hist(values, bins=edges.tolist(), color=colour, alpha=0.75 if len(filled) == 1 else 0.5, label=name)
+    if log:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(unit, fontsize=8)
+    axis.set_ylabel("how many", fontsize=8)
+    axis.tick_params(labelsize=8)
+    if len(filled) > 1:
+        axis.legend(fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +14,7 @@ from isthmus.contracts import Reference
 from isthmus.data.manifest import Manifest
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.data.transforms import decode_image
+from isthmus.pipeline.page import render, thumbnail
 from isthmus.pipeline.plots import Curve, bars, loss_curves
 from isthmus.registry.store import tracking_uri
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 _PACKAGES = ("isthmus", "torch", "ray", "deepspeed", "transformers", "timm", "mlflow", "pyarrow")
-_CARDS, _EXAMPLES, _SIDE = 24, 6, 160
+_CARDS, _EXAMPLES = 24, 6
 
 
 def write_report(out: Path, results: Mapping[str, Result], options: ReportOptions) -> Result:
@@ -64,14 +62,10 @@ def _figures(results: Mapping[str, Result], options: ReportOptions) -> Result:
 
 
 def _page(out: Path, results: Mapping[str, Result], options: ReportOptions, figures: Result) -> str:
-    from jinja2 import Environment
-
-    template = Environment(autoescape=True).from_string(
-        files("isthmus.pipeline").joinpath("report.html").read_text(encoding="utf-8")
-    )
     pictures = _Pictures(options.data)
     uri = tracking_uri(options.tracking)
-    return template.render(
+    return render(
+        "report.html",
         title=f"Isthmus: {out.name}",
         lead="One thread from image-text shards to a registered, bulk-captioning, served model, on frozen backbones.",
         tiles=list(_tiles(figures)),
@@ -210,8 +204,4 @@ class _Pictures:
         sample = next(iter(read_rows(self.manifest, [self.row_of[key]])))
         if not isinstance(sample, RawSample):
             return ""
-        image = decode_image(sample.image)
-        image.thumbnail((_SIDE, _SIDE))
-        sink = io.BytesIO()
-        image.save(sink, "WEBP", quality=80)
-        return f"data:image/webp;base64,{base64.b64encode(sink.getvalue()).decode()}"
+        return thumbnail(decode_image(sample.image))

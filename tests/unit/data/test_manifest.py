@@ -191,6 +191,25 @@ def test_list_of_shards_with_the_manifest_elsewhere(tmp_path: Path) -> None:
         index(shards)
 
 
+def test_several_folders_and_shards_are_one_data_set(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "one", 4, per_shard=2)
+    make_parquet(tmp_path / "two" / "deep" / "x.parquet", 3)
+    index(str(tmp_path / "one"))  # its own manifest is no shard of another
+    urls = [str(tmp_path / "two"), str(tmp_path / "one"), str(tmp_path / "one" / "shard-00001.tar")]
+    report = index(urls, str(tmp_path))
+    assert (report.samples, report.shards) == (7, 3), "a shard that is named twice counts once"
+    names = [shard.name for shard in Manifest.load(str(tmp_path)).shards]
+    assert names == ["one/shard-00000.tar", "one/shard-00001.tar", "two/deep/x.parquet"]
+    assert index(urls[::-1], str(tmp_path)).digest == report.digest == index(str(tmp_path)).digest
+    with pytest.raises(DataError, match=r"lacks 'out'.*--out"):
+        index(urls)
+    with pytest.raises(DataError, match="is one shard, not a folder"):
+        index(urls[2])
+    (tmp_path / "three").mkdir()
+    with pytest.raises(DataError, match=r"three holds no \.tar or \.parquet shards"):
+        index([*urls, str(tmp_path / "three")], str(tmp_path))
+
+
 def test_shard_names_are_relative(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set" / "part", 2)
     index(str(tmp_path / "set"))

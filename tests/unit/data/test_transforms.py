@@ -1,15 +1,20 @@
 """Decoding of awkward images, and transforms that are functions of their arguments alone."""
 
+import contextlib
 import io
 import pickle
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from isthmus.data import transforms
 from isthmus.data.transforms import DecodeError, ImageTransform, clean_caption, decode_image
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -66,12 +71,129 @@ def test_draft_mode_keeps_twice_the_size_that_is_needed() -> None:
 
 
 def test_a_bomb_is_refused_from_its_header() -> None:
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     with pytest.raises(DecodeError, match="larger than the limit"):
-        decode_image(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+        decode_image(png_header(60_000, 60_000))
     with pytest.raises(DecodeError, match="40x30 pixels is larger than the limit of 1000"):
         decode_image(encoded(noise(), "PNG"), max_pixels=1000)
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+def test_limits_are_checked_before_pixels_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    webp = bytearray(encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(180)]))
+    webp[24:30] = (16382).to_bytes(3, "little") * 2  # the canvas that an animation's header names
+    gif = bytearray(encoded(noise(), "GIF"))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    photo = encoded(noise(200, 200), "JPEG")
+    small = encoded(noise(), "PNG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were asked for"))
+    for data in (png_header(60_000, 700), bytes(webp), bytes(gif), photo):
+        with pytest.raises(DecodeError, match="larger than the limit"):
+            decode_image(data, max_pixels=30_000)
+    monkeypatch.setattr(transforms, "MAX_BYTES", 100)
+    with pytest.raises(DecodeError, match=r"the image of \d+ bytes is larger than the limit of 100"):
+        decode_image(small)
+
+
+def test_images_without_area_are_refused() -> None:
+    gif = b"GIF89a" + struct.pack("<HH", 0, 0) + bytes(20)
+    for data in (png_header(0, 5), png_header(5, 0), gif, b"P6 0 3 255\n"):
+        with pytest.raises(DecodeError):
+            decode_image(data)
+
+
+@pytest.mark.parametrize("data", [EPS, b"8BPS" + bytes(30), b"\0\0\1\0\1\0" + bytes(30)])
+def test_formats_that_run_programs_or_nest_images_are_not_opened(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started"))
+    with pytest.raises(DecodeError, match="no image format that is known"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_an_image_cut_anywhere_is_refused(kind: str) -> None:
+    data = encoded(noise(), kind)
+    assert decode_image(data).size == (40, 30)
+    for end in range(0, len(data) - 40, 37):
+        with pytest.raises(DecodeError):
+            decode_image(data[:end])
+        with pytest.raises(DecodeError):
+            decode_image(data[:end], at_least=4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_flipped_bytes_give_an_image_or_one_kind_of_error(kind: str) -> None:
+    data, random = encoded(noise(), kind), np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(data)
+        for place in random.integers(0, len(data), 4):
+            broken[place] ^= int(random.integers(1, 256))
+        with contextlib.suppress(DecodeError):
+            assert decode_image(bytes(broken)).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF"])
+def test_first_frame_of_other_animations(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_orientation_and_scaled_decoding_together(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    marked = Image.new("RGB", (800, 400), "black")
+    marked.paste("red", (0, 0, 200, 100))  # the corner at the upper left as stored
+    more = {"save_all": True, "append_images": [marked]} if kind == "MPO" else {}
+    data = encoded(marked, kind, exif=exif, **more)
+    full, small = decode_image(data), decode_image(data, at_least=50)
+    assert full.size == ((800, 400) if orientation == 3 else (400, 800))
+    assert small.size[0] * 4 <= full.size[0] and min(small.size) >= 100
+    corner = {3: (0.95, 0.95), 6: (0.95, 0.05), 8: (0.05, 0.95)}[orientation]
+    for image in (full, small):
+        red, green, _ = image.getpixel((int(corner[0] * image.width), int(corner[1] * image.height)))
+        assert red > 200 and green < 60
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"garbage", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0", b""],
+)
+def test_an_orientation_that_cannot_be_read_is_upright(exif: bytes) -> None:
+    data = encoded(noise(), "JPEG")
+    body = b"Exif\0\0" + exif
+    assert decode_image(data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]).size == (40, 30)
+
+
+def test_deep_greys_by_their_own_white() -> None:
+    def grey(values: np.ndarray, kind: str) -> int:
+        return decode_image(encoded(Image.fromarray(values), kind)).getpixel((0, 0))[0]
+
+    assert grey(np.full((3, 3), 200, np.uint16), "PNG") == 1, "nearly black: 200 of 65,535"
+    assert grey(np.full((3, 3), 65535, np.uint16), "TIFF") == 255
+    assert grey(np.full((3, 3), 0.5, np.float32), "TIFF") == 128
+    assert grey(np.full((3, 3), 100.0, np.float32), "TIFF") == 100
+    assert grey(np.full((3, 3), np.nan, np.float32), "TIFF") == 0
+
+
+def test_other_modes() -> None:
+    white = (255, 255, 255)
+    assert decode_image(encoded(Image.new("1", (4, 4), 1), "PNG")).getpixel((0, 0)) == white
+    assert decode_image(encoded(Image.new("LA", (4, 4), (9, 0)), "PNG")).getpixel((0, 0)) == white
+    keyed = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert decode_image(keyed).getpixel((0, 0)) == white
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    half = decode_image(encoded(palette, "PNG", transparency=bytes([255, 0])))
+    assert [half.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), white]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""What the last index of a folder knows, so that the next one reads only what is new or has changed.
+
+``manifest.stamps.json`` beside the manifest notes for every shard what its store says of its state: the ETag of an
+object, times and inode of a local file. A shard of the same size and stamp keeps its rows and faults. The notes count
+only with the very manifest they were written with, and only for the same rules: whatever is in doubt is read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from isthmus import storage
+from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found
+from isthmus.data.records import SCHEMA, Problem, Scan
+from isthmus.errors import IsthmusError
+
+STAMPS_FILE = "manifest.stamps.json"
+SCAN_RULES = 1
+"""Raise it with every change of what a scan finds in the same bytes: rows of other rules are not kept."""
+
+SETTLED_S = 2.0
+"""A local file that changed later than this before the index began gets no stamp: a file system's clock is coarse, and
+a second change within one tick would leave the same times."""
+
+_ETAGS = ("ETag", "etag", "md5Hash", "content_md5")
+_LOOKUPS = 16  # files asked for at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard of an index: its rows with the columns of :data:`SCHEMA` (``shard`` null), and its faults."""
+
+    name: str
+    size: int
+    digest: str
+    table: pa.Table
+    problems: tuple[Problem, ...]
+    final: bool
+    passed_over: bool = False
+
+    @classmethod
+    def of(cls, scan: Scan) -> Part:
+        """The finished form of a scan."""
+        table = pa.Table.from_pylist(scan.samples, schema=SCHEMA)
+        return cls(
+            scan.name, scan.size, scan.digest, table, tuple(scan.problems), scan.final, passed_over=scan.passed_over
+        )
+
+
+def stamps_of(files: Sequence[Found]) -> dict[str, str]:
+    """A text for each file, by name, that changes with its content; "" where the store gives none to be relied on."""
+    now = time.time()
+    with ThreadPoolExecutor(_LOOKUPS) as pool:
+        found = pool.map(lambda file: _stamp(file.url, now), files)
+        return {file.name: stamp for file, stamp in zip(files, found, strict=True)}
+
+
+def _stamp(url: str, now: float) -> str:
+    try:
+        if storage.is_local(url):
+            facts = storage.local_path(url).stat()
+            # The change time too: a file can be rewritten and be given its old modification time.
+            settled = max(facts.st_mtime, facts.st_ctime) <= now - SETTLED_S
+            return f"{facts.st_ino}-{facts.st_mtime_ns}-{facts.st_ctime_ns}" if settled else ""
+        filesystem, path = storage.resolve(url)
+        if isinstance(filesystem, pafs.PyFileSystem):
+            known = filesystem.handler.fs.info(path)
+        else:
+            with filesystem.open_input_file(path) as source:
+                known = dict(source.metadata() or {})
+    except (OSError, pa.ArrowException, IsthmusError):
+        return ""  # the scan will meet the same fault and say it
+    return next((str(known[name]) for name in _ETAGS if known.get(name)), "")
+
+
+@dataclass(frozen=True)
+class Before:
+    """The last index of a folder. ``parts`` are its shards that may be kept, by name, with their stamps."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    stamps: dict[str, str] = field(default_factory=dict)
+
+    def part(self, file: Found, stamp: str) -> Part | None:
+        """What the last index found in a file, or None where it must be read."""
+        part = self.parts.get(file.name)
+        same = part is not None and stamp != "" and (part.size, self.stamps[file.name]) == (file.size, stamp)
+        return part if same else None
+
+    @classmethod
+    def load(cls, root: str, rules: dict[str, Any]) -> Before:
+        """The index in ``root``, if it was made by the same ``rules`` and is whole; else an empty one."""
+        try:
+            notes = json.loads(storage.read_bytes(storage.join(root, STAMPS_FILE)))
+            header_bytes = storage.read_bytes(storage.join(root, HEADER_FILE))
+            table_bytes = storage.read_bytes(storage.join(root, TABLE_FILE))
+            if notes["rules"] != _rules(rules) or notes["of"] != _digests(header_bytes, table_bytes):
+                return cls()
+            return cls(_parts(json.loads(header_bytes), table_bytes, notes["stamps"]), notes["stamps"])
+        except (IsthmusError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+            return cls()
+
+
+def save_stamps(root: str, stamps: dict[str, str], rules: dict[str, Any], header: bytes, table: bytes) -> None:
+    """Note the stamps that belong to a manifest's two files."""
+    notes = {"rules": _rules(rules), "of": _digests(header, table), "stamps": stamps}
+    storage.write_bytes(storage.join(root, STAMPS_FILE), json.dumps(notes, indent=1).encode())
+
+
+def _rules(rules: dict[str, Any]) -> dict[str, Any]:
+    return {"scan": SCAN_RULES, **rules}
+
+
+def _digests(header: bytes, table: bytes) -> list[str]:
+    return [hashlib.sha256(data).hexdigest() for data in (header, table)]
+
+
+def _parts(header: dict[str, Any], table_bytes: bytes, stamps: dict[str, str]) -> dict[str, Part]:
+    table = pq.read_table(pa.BufferReader(table_bytes)).cast(SCHEMA)
+    faults: dict[str, list[Problem]] = {}
+    for problem in header["problems"]:
+        faults.setdefault(problem["shard"], []).append(Problem(**problem))
+    parts, start = {}, 0
+    for shard in header["shards"]:
+        rows = table.slice(start, shard["samples"])
+        start += shard["samples"]
+        if stamps.get(shard["name"]):
+            problems = tuple(faults.get(shard["name"], ()))
+            parts[shard["name"]] = Part(shard["name"], shard["size"], shard["digest"], rows, problems, final=True)
+    return parts
+
+
+def joined(parts: Sequence[Part]) -> pa.Table:
+    """The rows of all shards, numbered by their place in ``parts``; in one piece, so that equal rows are equal bytes
+    however they were come by."""
+    column = SCHEMA.get_field_index("shard")
+    numbered = [
+        part.table.set_column(column, SCHEMA.field("shard"), pa.repeat(pa.scalar(number, pa.int32()), len(part.table)))
+        for number, part in enumerate(parts)
+    ]
+    return pa.concat_tables([SCHEMA.empty_table(), *numbered]).combine_chunks()
