@@ -87,21 +87,22 @@ def test_encoding_actors_give_what_threads_give(
 
     def encoded(cpus: float = 0.5) -> list[Batch]:
         data = DataConfig(train=str(tmp_path), placement="streamed", max_failed_share=0.5)
-        encoding = Encoding(vision, actors=2, cpus=cpus)
+        encoding = Encoding(vision, cpus=cpus)
         seen = replace(stage(), image_spec=spec, collate=of_features)
-        return list(stream.train_batches(data, seen, order, 0, 1, 1, 9, 5, lambda failure: None, encoding, told.append))
+        return list(stream.train_batches(data, seen, order, 0, 1, 1, 4, 5, lambda failure: None, encoding, told.append))
 
     on_ray = encoded()
     monkeypatch.setattr(stream, "ray_is_up", lambda: False)
     on_threads = encoded()
     assert len(told) == 2 and told[0] == told[1], "each run names its encoder once"
-    assert [b.step for b in on_ray] == list(range(1, 9)) and any(not b.valid_B.all() for b in on_ray)
+    assert [b.step for b in on_ray] == list(range(1, 4)) and any(not b.valid_B.all() for b in on_ray)
     for one, two in zip(on_ray, on_threads, strict=True):
         assert torch.equal(one.sample_ids_B, two.sample_ids_B)
         torch.testing.assert_close(one.features_BND, two.features_BND, rtol=0, atol=1e-5)
         assert one.features_BND is not None and one.features_BND[one.valid_B].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_an_encoder_that_cannot_be_loaded_says_why(ray_cluster: Any, tmp_path: Path) -> None:
     make_dataset(tmp_path, 4)
     index(str(tmp_path))
