@@ -220,11 +220,15 @@ def _counted(
     freeze(module, run.train.frozen)
     found: Mapping[str, nn.Parameter] = dict(module.named_parameters())
     trained = {name: p for name, p in found.items() if p.requires_grad}
-    # The image's keys and values are made from other matrices than the parameters, and are counted with the image.
-    products = sum(
-        p.numel() for name, p in trained.items()
-        if p.ndim == 2 and not name.endswith((".cross.key.weight", ".cross.value.weight", "positions.weight"))
-    )  # fmt: skip
     count = sum(p.numel() for p in trained.values())
     held = sum(p.numel() for p in found.values()) - count
-    return Subject(run, vision, sizes, count, held, products, vocab, texts)
+    return Subject(run, vision, sizes, count, held, matrices(module), vocab, texts)
+
+
+def matrices(module: nn.Module) -> int:
+    """Elements of the trained matrices that products read as they are. The image's keys and values are made from other
+    matrices than the parameters, and are counted with the image; positions are looked up."""
+    apart = (".cross.key.weight", ".cross.value.weight", "positions.weight")
+    return sum(
+        p.numel() for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and not name.endswith(apart)
+    )
