@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -91,8 +90,8 @@ def main() -> None:
 
 
 def planned(name: str, found: dict[str, float]) -> dict[str, float]:
-    """Bytes, seconds and operations that the plan gives: without the framework's share, and without DeepSpeed's buckets,
-    which the measured step has not. The processor is as fast as it was found beside the steps."""
+    """Bytes, seconds and operations that the plan gives, without the framework's share and DeepSpeed's buckets, which
+    the measured step has not. The processor is as fast as it was found beside the steps."""
     run = CASES[name]()
     batch = captions(run)
     assert batch.mask_BT is not None
@@ -170,8 +169,11 @@ def captions(run: RunConfig) -> Batch:
     mask = (torch.arange(T) < lengths.unsqueeze(1)).long()
     ids = torch.randint(1000, 30000, (size, T), generator=generator) * mask
     features = torch.randn(size, 50, 768, generator=generator)
-    batch = Batch(torch.arange(size), torch.ones(size, dtype=torch.bool), features_BND=features, ids_BT=ids, mask_BT=mask)
-    return replace(batch, labels_BT=ids.masked_fill(mask == 0, -100))
+    valid = torch.ones(size, dtype=torch.bool)
+    return Batch(
+        torch.arange(size), valid, features_BND=features, ids_BT=ids, mask_BT=mask,
+        labels_BT=ids.masked_fill(mask == 0, -100),
+    )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:

@@ -67,8 +67,8 @@ def stage1(
     config: QFormerConfig, *, images: int = 6, tokens: int = 19, width: int = 48, longest: int = 9, step: int = 0,
     comm: Comm | None = None, recompute: bool = False, **options: Any,
 ) -> Case:  # fmt: skip
-    """Stage 1 on random features and texts of different lengths. Negatives are the neighbours, so that the tokens of the
-    matching pass are known."""
+    """Stage 1 on random features and texts of different lengths. Negatives are the neighbours, so that the tokens of
+    the matching pass are known."""
     torch.manual_seed(0)
     comm = comm or LocalComm()
     method = Blip2Stage1Config(qformer=config, **options)
@@ -100,7 +100,8 @@ def stage2(family: str, folder: Path, config: QFormerConfig, *, bf16: bool = Fal
     module = Blip2Stage2(method, None, width, language, LocalComm()).train()
     texts = ["a red cat on the grass with a house", "blue fish"] * (images // 2)
     prefixes = ["a photo of the", "a photo"] * (images // 2) if language.splits else None
-    batch = Batch(torch.arange(images), torch.ones(images, dtype=torch.bool), features_BND=torch.randn(images, tokens, width))
+    turn = torch.arange(images)
+    batch = Batch(turn, turn >= 0, features_BND=torch.randn(images, tokens, width))
     batch = replace(batch, **language.token_members(texts, prefixes))
     assert batch.ids_BT is not None and batch.labels_BT is not None
     labels = float((batch.labels_BT != -100).sum())

@@ -47,7 +47,7 @@ class Keeping:
         return self.cuda or not (self.bf16 or dropout)
 
     def inputs(self, elements: float, readers: int) -> float:
-        """What linear layers keep of one float32 input: under autocast each a bf16 copy of its own, else all the same."""
+        """What linear layers keep of one float32 input: under autocast each a bf16 copy of its own, else the same."""
         return elements * (2 * readers if self.bf16 else FP32)
 
 
@@ -124,16 +124,14 @@ def _seen(keeping: Keeping, qformer: QFormerConfig, local: Local, query_rows: fl
 def qformer_pass(
     keeping: Keeping, qformer: QFormerConfig, local: Local, rows: Pass, *, recompute: bool = False
 ) -> float:
-    """All layers of one pass. With gradient checkpointing only the layers' inputs, and one layer as it is recomputed."""
+    """All layers of one pass; with gradient checkpointing the layers' inputs, and one layer as it is recomputed."""
     M = qformer.width
     entering = rows.query_rows + rows.text_rows
     end = rows.kept()
     spread = FP32 * (end.query_rows + end.text_rows) * M if end.text_rows else 0.0  # the result as a padded grid
     start = spread + norm(entering, M) + ((1 if keeping.cuda else FP32) * entering * M if qformer.dropout else 0.0)
     layers = [
-        layer(
-            keeping, qformer, local, rows, crosses=i % qformer.cross_every == 0, last=i + 1 == qformer.layers
-        )
+        layer(keeping, qformer, local, rows, crosses=i % qformer.cross_every == 0, last=i + 1 == qformer.layers)
         for i in range(qformer.layers)
     ]
     if recompute:
@@ -187,9 +185,8 @@ def stage1_parts(
 
 def caption_head(keeping: Keeping, labels: float, width: int, vocab: int) -> float:
     """ITG's prediction head: two linear inputs, GELU's input, the norm's, and the log-probabilities in float32."""
-    return keeping.inputs(labels, 2 if keeping.bf16 else 1) * width + (
-        keeping.product * labels * width + norm(labels, width) + FP32 * labels * (vocab + (0 if keeping.bf16 else width))
-    )
+    inputs = 2 * keeping.inputs(labels, 1) * width
+    return inputs + keeping.product * labels * width + norm(labels, width) + FP32 * labels * vocab
 
 
 def weight_copies(keeping: Keeping, products: int) -> float:

@@ -70,5 +70,3 @@ def exposed_seconds(moved: Traffic, bandwidth: float, *, backward: float, overla
     hidden = moved.gradients + (moved.parameters if stage == 3 else 0.0)
     seen = max(0.0, hidden / bandwidth - backward) if overlap else hidden / bandwidth
     return seen + (moved.total - hidden) / bandwidth
-
-

@@ -40,7 +40,7 @@ class Flops:
         return self.forward + self.backward
 
 
-def linear(rows: float, inner: int, outer: int, *, weight: bool = True, input: bool = True) -> Flops:  # noqa: A002
+def linear(rows: float, inner: int, outer: int, *, weight: bool = True, input: bool = True) -> Flops:
     """A product of [rows, inner] with a matrix [inner, outer].
 
     Args:
@@ -142,19 +142,21 @@ def _seen(qformer: QFormerConfig, local: Local, query_rows: float, how: Reading)
     return linear(query_rows, M, D) * 2 + over_tokens + linear(query_rows, M, 1)
 
 
-def stage1(config: Blip2Stage1Config, local: Local, vocab: int, *, recompute: bool = False) -> Flops:
-    """A mean step of stage 1: where ITM or ITG is computed in every k-th step only, in proportion.
+def stage1(config: Blip2Stage1Config, local: Local, vocab: int, *, recompute: bool = False) -> dict[str, Flops]:
+    """A mean step of stage 1 by part: where ITM or ITG is computed in every k-th step only, in proportion.
 
     Args:
         vocab: V, rows of the word embeddings.
     """
-    every = (config.itm_every, config.itg_every)
-    cycle = math.lcm(*every)
-    steps = [
-        stage1_step(config, local, vocab, itm=n % every[0] == 0, itg=n % every[1] == 0, recompute=recompute)
-        for n in range(cycle)
-    ]
-    return sum(steps, Flops()) * (1 / cycle)
+    cycle = math.lcm(config.itm_every, config.itg_every)
+    found: dict[str, Flops] = {}
+    for step in range(cycle):
+        itm = config.weights.itm > 0 and step % config.itm_every == 0
+        itg = config.weights.itg > 0 and step % config.itg_every == 0
+        parts = stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute)
+        for name, part in parts.items():
+            found[name] = found.get(name, Flops()) + part * (1 / cycle)
+    return found
 
 
 def stage1_step(

@@ -1,9 +1,7 @@
 """Rows that a frozen language model sees in stage 2, and bytes that it keeps for its backward pass.
 
-A frozen layer takes no gradient, so its input is not kept: only what its own input's gradient needs. Kept are the inputs
-of norms, queries, keys, values and outputs of attention, and what the activations need.
-
-All results of bytes_kept and what it calls are bytes.
+A frozen layer takes no gradient, so its input is not kept: only what its own input's gradient needs. Kept are the
+inputs of norms, queries, keys, values and outputs of attention, and what the activations need.
 """
 
 from __future__ import annotations

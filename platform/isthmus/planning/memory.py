@@ -72,8 +72,8 @@ def memory(subject: Subject, stage: int, images: int, workers: int, keeping: Kee
 
 
 def _buckets(subject: Subject, stage: int, keeping: Keeping) -> float:
-    """Under ZeRO 1 and 2 two buckets, since reduction overlaps the backward pass on accelerators; one under ZeRO 3. They
-    are allocated whole, however few the trained parameters; on a processor only what is written becomes memory."""
+    """Under ZeRO 1 and 2 two buckets, since reduction overlaps the backward pass on accelerators; one under ZeRO 3.
+    They are allocated whole, however few the trained parameters; on a processor only what is written is resident."""
     used = min(subject.trained, BUCKET)
     if stage == 0 or not keeping.cuda:
         return float(FP32 * used)

@@ -9,15 +9,13 @@ from typing import Any
 from isthmus.errors import ConfigError
 from isthmus.planning import memory as sizes
 from isthmus.planning.activations import FP32, Keeping
-from isthmus.planning.assumptions import Assumption, assumptions
+from isthmus.planning.assumptions import Assumption, assumptions, sample_bytes
 from isthmus.planning.communication import exposed_seconds, traffic
 from isthmus.planning.hardware import CPU, Gpu
 from isthmus.planning.subject import Subject
 
 ADAMW_BYTES = 7 * FP32
-"""For each parameter the fused step reads the parameter, its gradient and two moments, and writes all but the gradient."""
-BYTES_PER_IMAGE = 50_000
-CAPTION_BYTES = 100
+"""For each parameter the fused step reads it, its gradient and two moments, and writes all but the gradient."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,7 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
     rate = gpu.rate(precision) * wishes.utilisation
     backward = sum(part.backward for part in flops.values()) / rate
     compute = sum(part.total for part in flops.values()) / rate
-    stages = {
-        stage: _stage(subject, wishes, keeping, stage, images, compute, backward) for stage in sizes.STAGES
-    }
+    stages = {stage: _stage(subject, wishes, keeping, stage, images, compute, backward) for stage in sizes.STAGES}
     step_seconds = stages[run.zero.stage].step_seconds
     optimizer = _optimizer_seconds(subject, wishes, run.zero.stage)
     total = sum(part.total for part in flops.values())
@@ -203,16 +199,7 @@ def _tokens(subject: Subject, global_batch: int) -> dict[str, float]:
     return found
 
 
-def sample_bytes(subject: Subject) -> float:
-    """Bytes that are read for a sample where the user does not say: an image as web data sets keep them, or cached
-    features in float16; and a caption."""
-    features = 2.0 * subject.vision.tokens * subject.vision.width
-    return CAPTION_BYTES + (features if subject.run.data.placement == "cached" else BYTES_PER_IMAGE)
-
-
-def _whole(
-    subject: Subject, wishes: Wishes, step_seconds: float
-) -> tuple[dict[str, float], dict[str, float | None]]:
+def _whole(subject: Subject, wishes: Wishes, step_seconds: float) -> tuple[dict[str, float], dict[str, float | None]]:
     """Reading and the whole run."""
     batch = subject.run.train.global_batch
     size = wishes.bytes_per_sample or sample_bytes(subject)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -13,18 +12,19 @@ from torch import nn
 from isthmus.config import QFormerConfig, RunConfig
 from isthmus.contracts import LocalComm, StageModule
 from isthmus.errors import ConfigError
+from isthmus.losses.language import CHUNK_ELEMENTS
 from isthmus.methods import blip2_stage2
 from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.models.freezing import freeze
 from isthmus.models.language_base import FrozenLanguage
 from isthmus.models.qformer import POSITIONS
-from isthmus.planning import activations, compute, language
+from isthmus.planning import activations, compute
 from isthmus.planning.activations import FP32, Keeping
 from isthmus.planning.compute import Flops
 from isthmus.planning.frozen import measure_language, measure_vision, text_sizes
+from isthmus.planning.language import Rows, bytes_kept, rows_of
 from isthmus.planning.shapes import Language, Local, Texts, Vision
-from isthmus.losses.language import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Subject:
         if self.inline:
             found["image encoder"] = Flops(self.vision.flops * images)
         if self.language is None:
-            return found | _mean_stage1(cast(Blip2Stage1Config, self.run.method), local, self.vocab, recompute)
+            method = cast(Blip2Stage1Config, self.run.method)
+            return found | compute.stage1(method, local, self.vocab, recompute=recompute)
         found |= compute.stage2_parts(self.qformer, local, self.language, recompute=recompute)
         rows = self.language_rows()
         found["language model"] = compute.frozen_language(
@@ -89,11 +90,11 @@ class Subject:
         )
         return found
 
-    def language_rows(self) -> language.Rows:
+    def language_rows(self) -> Rows:
         """Places of the language model; stage 2 only."""
         method = cast(Blip2Stage2Config, self.run.method)
         assert self.language is not None
-        return language.rows_of(method.language, self.language, self.qformer.queries, self.texts)
+        return rows_of(method.language, self.language, self.qformer.queries, self.texts)
 
     def kept(self, images: int, workers: int, keeping: Keeping) -> dict[str, float]:
         """Bytes that the forward pass keeps for the backward pass, by part."""
@@ -110,12 +111,12 @@ class Subject:
             ),
             "image pass": activations.qformer_pass(keeping, q, local, rows, recompute=recompute),
             "projection": keeping.inputs(rows.query_rows, 1) * q.width,
-            "language model": language.bytes_kept(keeping, self.language, images, self.language_rows()),
+            "language model": bytes_kept(keeping, self.language, images, self.language_rows()),
             **copies,
         }
 
     def working(self, images: int, keeping: Keeping) -> float:
-        """Bytes that come and go beside what is kept, at most: gradients of the logits, or of the widest layer's rows."""
+        """Bytes that come and go beside what is kept: gradients of the logits, or of the widest layer's rows."""
         local, q = self.local(images, 1), self.qformer
         if self.language is None:
             method = cast(Blip2Stage1Config, self.run.method)
@@ -143,20 +144,9 @@ class Subject:
         return images * (given + (FP32 * features if keeping.bf16 else 0))
 
 
-def _mean_stage1(config: Blip2Stage1Config, local: Local, vocab: int, recompute: bool) -> dict[str, Flops]:
-    """Stage 1's parts, those of losses that are computed in every k-th step only in proportion."""
-    cycle = math.lcm(config.itm_every, config.itg_every)
-    found: dict[str, Flops] = {}
-    for step in range(cycle):
-        itm = config.weights.itm > 0 and step % config.itm_every == 0
-        itg = config.weights.itg > 0 and step % config.itg_every == 0
-        parts = compute.stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute)
-        for name, part in parts.items():
-            found[name] = found.get(name, Flops()) + part * (1 / cycle)
-    return found
-
-
-def examine(run: RunConfig, texts: Texts, *, parent: RunConfig | None = None, unknown: Unknown | None = None) -> Subject:
+def examine(
+    run: RunConfig, texts: Texts, *, parent: RunConfig | None = None, unknown: Unknown | None = None
+) -> Subject:
     """The recipe's parts, counted.
 
     Args:
@@ -172,9 +162,7 @@ def examine(run: RunConfig, texts: Texts, *, parent: RunConfig | None = None, un
     if isinstance(method, Blip2Stage1Config):
         return _examine_stage1(run, method, texts)
     if not isinstance(method, Blip2Stage2Config):
-        raise ConfigError(
-            f"A '{method.name}' run cannot be planned.", "Plan a blip2_stage1 or a blip2_stage2 recipe."
-        )
+        raise ConfigError(f"A '{method.name}' run cannot be planned.", "Plan a blip2_stage1 or a blip2_stage2 recipe.")
     if parent is None and (method.vision is None or method.qformer is None):
         raise ConfigError(
             "The recipe inherits its image encoder and Q-Former, and a plan reads no registry.",
@@ -229,6 +217,5 @@ def matrices(module: nn.Module) -> int:
     """Elements of the trained matrices that products read as they are. The image's keys and values are made from other
     matrices than the parameters, and are counted with the image; positions are looked up."""
     apart = (".cross.key.weight", ".cross.value.weight", "positions.weight")
-    return sum(
-        p.numel() for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and not name.endswith(apart)
-    )
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2)
+    return sum(p.numel() for name, p in trained if not name.endswith(apart))

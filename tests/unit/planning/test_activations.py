@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from isthmus.contracts import LocalComm
 from isthmus.planning import activations, compute, language
 from isthmus.planning.activations import Keeping
 from isthmus.planning.frozen import measure_language
 from isthmus.planning.subject import matrices
-
 from planning_cases import FAMILIES, VOCAB, TwoAlike, kept_of, qformer, stage1, stage2
 
 CLOSE = 0.03  # small tables of similarities, counts and indices are left out
@@ -19,12 +19,22 @@ CLOSE = 0.03  # small tables of similarities, counts and indices are left out
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize(("queries", "tokens"), [(4, 19), (2, 60)], ids=["projected", "direct"])
-def test_stage1(queries: int, tokens: int, dropout: float, bf16: bool, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "tokens", "how", "weights"),
+    [
+        *((8, 19, "projected", {}), (1, 60, "direct", {})),
+        *((2, 60, "direct", {"itm": 0.0}), (8, 19, "projected", {"itg": 0.0})),
+    ],
+    ids=["projected", "direct", "without itm", "without itg"],
+)
+def test_stage1(
+    queries: int, tokens: int, how: str, weights: dict[str, float], dropout: float, bf16: bool, workers: int
+) -> None:
     config = qformer(queries, dropout=dropout)
-    weights = {"weights": {"itm": 0.0}} if tokens == 60 else {}  # one use of each image, so that it is read directly
-    case = stage1(config, tokens=tokens, comm=LocalComm() if workers == 1 else TwoAlike(), **weights)
+    comm = LocalComm() if workers == 1 else TwoAlike()
+    case = stage1(config, tokens=tokens, comm=comm, weights=weights)
     keeping = Keeping(bf16=bf16, cuda=False)
+    assert compute.reading(config, tokens, compute.stage1_uses(workers, "itm" not in weights)) == how
     found = sum(activations.stage1_parts(keeping, case.config, case.local, VOCAB + 1).values())
     found += activations.weight_copies(keeping, matrices(case.module))
     assert found == pytest.approx(kept_of(case, bf16=bf16), rel=CLOSE)
@@ -47,9 +57,7 @@ def test_stage2(family: str, bf16: bool, tmp_path: Path) -> None:
     sizes = measure_language(case.config.language.weights)
     keeping = Keeping(bf16=bf16, cuda=False)
     prefix, images = case.batch.prefix_ids_BT, case.local.images
-    read, predicted = (
-        (4 + case.local.longest - 1, 0) if prefix is None else (4 + prefix.shape[1], case.local.longest)
-    )
+    read, predicted = (4 + case.local.longest - 1, 0) if prefix is None else (4 + prefix.shape[1], case.local.longest)
     rows = language.Rows(read, predicted, case.local.labels / images)
     how = compute.reading(config, case.local.tokens, 1.0)
     assert how == "direct"
