@@ -116,11 +116,17 @@ class Subject:
         }
 
     def working(self, images: int, keeping: Keeping) -> float:
-        """Bytes that come and go beside what is kept: gradients of the logits, or of the widest layer's rows."""
+        """Bytes that come and go beside what is kept: gradients of logits, of shared weights, of the widest layer."""
         local, q = self.local(images, 1), self.qformer
         if self.language is None:
             method = cast(Blip2Stage1Config, self.run.method)
-            logits = 2 * FP32 * local.labels * self.vocab if method.weights.itg > 0 else 0.0
+            logits = 0.0
+            if method.weights.itg > 0:
+                # First the gradients of logits and log-probabilities. When those and the log-probabilities are gone, a
+                # second gradient of all that text passes share: autograd adds up the passes' before it hands one over.
+                table = self.vocab * q.width
+                shared = q.layers * (4 * q.width**2 + 2 * q.width * q.feed_forward) + table
+                logits = FP32 * max(2 * local.labels * self.vocab, shared + 2 * table - local.labels * self.vocab)
             rows = (3 if method.weights.itm > 0 else 1) * images * (q.queries + self.texts.mean)
             widest, width = q.feed_forward, q.width
         else:
