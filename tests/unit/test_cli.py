@@ -89,7 +89,7 @@ def test_starting_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *(("demo",), ("train",), ("run",), ("evaluate",), ("caption",), ("embed",), ("serve",), ("doctor",)),
+        *(("demo",), ("plan",), ("train",), ("run",), ("evaluate",), ("caption",), ("embed",), ("serve",), ("doctor",)),
         *(("data", "fetch"), ("data", "index"), ("data", "check"), ("data", "stats"), ("data", "cache")),
         *(("model", "list"), ("model", "show"), ("model", "promote")),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,12 +109,22 @@ def describe_vision(config: VisionConfig) -> VisionSpec:
     Raises:
         ConfigError: an unknown name or layer, or an encoder without tokens.
     """
-    _check_weights_fit(config)
     with torch.device("meta"):
-        model = _create(config).eval()
-        size = config.image_size or int(model.pretrained_cfg["input_size"][-1])
-        tokens_BND = _tokens(model, torch.zeros(1, 3, size, size), config=config)
+        model, encode, size = outline_vision(config)
+        tokens_BND = encode(torch.zeros(1, 3, size, size))
     return VisionSpec(int(tokens_BND.shape[1]), int(tokens_BND.shape[2]), size, _transform(model, config, size))
+
+
+def outline_vision(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
+    """The architecture on the device in force, without weights; what makes its tokens; pixels of its square input.
+
+    Raises:
+        ConfigError: an unknown name or layer.
+    """
+    _check_weights_fit(config)
+    model = _create(config).eval()
+    size = config.image_size or int(model.pretrained_cfg["input_size"][-1])
+    return model, partial(_tokens, model, config=config), size
 
 
 def _create(config: VisionConfig, pretrained: bool = False) -> Any:
@@ -136,6 +147,15 @@ def _create(config: VisionConfig, pretrained: bool = False) -> Any:
 def _make(config: VisionConfig, **more: Any) -> Any:
     try:
         return timm.create_model(config.name, num_classes=0, **{**config.options, **more})
+    except RuntimeError as error:
+        if "pretrained tag" not in str(error):
+            raise
+        bare = config.name.partition(".")[0]
+        known = timm.list_pretrained(f"{bare}.*")
+        raise ConfigError(
+            f"timm has no weights called '{config.name}'.{nearest(config.name, known)}",
+            f"Known: {', '.join(known)}; or {bare} alone.",
+        ) from error
     except TypeError as error:
         wrong = next((name for name in config.options if f"'{name}'" in str(error)), None)
         if wrong is None:

@@ -1,0 +1,247 @@
+"""Floating-point operations of a training step: two for each multiply-add of its matrix products.
+
+Elementwise work (norms, softmax, activations, AdamW) is not in it, as in every published model-FLOPs utilisation.
+Attention is counted over the whole padded grid, which is what is computed, and its backward at twice the forward.
+
+Shape letters: B images, G images of all workers, N image tokens, D image width, Q queries, R text rows without padding,
+T longest text, M Q-Former width, F its feed-forward width, H heads, E shared width, V vocabulary, K label positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from isthmus.config import QFormerConfig
+from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.models.attention import CrossAttention
+from isthmus.planning.shapes import Language, Local, Stack
+
+Reading = Literal["projected", "direct"]
+"""How cross-attention reads image tokens (see :class:`isthmus.models.attention.CrossAttention`)."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward and of a backward pass."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.forward * times, self.backward * times)
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def linear(rows: float, inner: int, outer: int, *, weight: bool = True, input: bool = True) -> Flops:
+    """A product of [rows, inner] with a matrix [inner, outer].
+
+    Args:
+        weight, input: whether the backward pass makes their gradients; each costs what the forward costs.
+    """
+    once = 2.0 * rows * inner * outer
+    return Flops(once, once * (weight + input))
+
+
+def attention(pairs: float, width: int) -> Flops:
+    """Scores and weighted sums over ``pairs`` (asking row, asked row), all heads together ``width`` wide."""
+    return Flops(4.0 * pairs * width, 8.0 * pairs * width)
+
+
+def reading(qformer: QFormerConfig, tokens: int, uses: float) -> Reading:
+    """The cheaper way, as :meth:`isthmus.models.qformer.QFormer.remember` chooses it."""
+    direct = CrossAttention.direct_is_cheaper(qformer.queries, tokens, qformer.width, qformer.heads, uses)
+    return "direct" if direct else "projected"
+
+
+def stage1_uses(workers: int, with_itm: bool) -> float:
+    """Passes for each projection of an image (see ``Blip2Stage1``)."""
+    return 1.0 if not with_itm else 4.0 if workers == 1 else 2.0
+
+
+def crossing_layers(qformer: QFormerConfig) -> int:
+    """Layers that read the image."""
+    return math.ceil(qformer.layers / qformer.cross_every)
+
+
+def projection(qformer: QFormerConfig, local: Local) -> Flops:
+    """Keys and values of all images, once. The frozen encoder's tokens take no gradient."""
+    return linear(local.images * local.tokens, local.width, qformer.width, input=False) * (2 * crossing_layers(qformer))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows of one pass through the Q-Former.
+
+    Attributes:
+        sequences: B, or 3B in the matching pass.
+        queries: rows of queries in each sequence, or 0.
+        text_rows: R of all sequences. longest: T, or 0.
+        how: reading of the image; None where it is not read.
+        past: queries whose keys and values come from an earlier pass.
+        leading: places of each sequence that the last layer puts out; None for all.
+    """
+
+    sequences: int
+    queries: int = 0
+    text_rows: float = 0.0
+    longest: int = 0
+    how: Reading | None = None
+    past: int = 0
+    leading: int | None = None
+
+    @property
+    def places(self) -> int:
+        return self.queries + self.longest
+
+    @property
+    def query_rows(self) -> int:
+        return self.sequences * self.queries
+
+    def kept(self) -> Pass:
+        """What the last layer puts out."""
+        if self.leading is None:
+            return self
+        queries = min(self.queries, self.leading)
+        text = self.leading - queries
+        return Pass(self.sequences, queries, float(self.sequences * text), text, self.how, self.past)
+
+
+def qformer_pass(qformer: QFormerConfig, local: Local, rows: Pass, *, recompute: bool = False) -> Flops:
+    """All layers of one pass, without :func:`projection`.
+
+    Args:
+        recompute: gradient checkpointing, which runs the forward pass once more in the backward pass.
+    """
+    M, F = qformer.width, qformer.feed_forward
+    total = Flops()
+    for i in range(qformer.layers):
+        kept = rows.kept() if i + 1 == qformer.layers else rows
+        all_rows, out_rows = rows.query_rows + rows.text_rows, kept.query_rows + kept.text_rows
+        total += linear(all_rows, M, M) * 2 + linear(out_rows, M, M) * 2
+        total += attention(rows.sequences * kept.places * (rows.places + rows.past), M)
+        if rows.how is not None and i % qformer.cross_every == 0 and kept.query_rows:
+            total += linear(kept.query_rows, M, M) * 2 + _seen(qformer, local, kept.query_rows, rows.how)
+        total += linear(out_rows, M, F) + linear(out_rows, F, M)
+    return Flops(total.forward, total.backward + total.forward) if recompute else total
+
+
+def _seen(qformer: QFormerConfig, local: Local, query_rows: float, how: Reading) -> Flops:
+    M, H, N, D = qformer.width, qformer.heads, local.tokens, local.width
+    if how == "projected":
+        return attention(query_rows * N, M)
+    # The tokens are constant, so that of scores and sums only the side of the queries is differentiated.
+    over_tokens = linear(query_rows * H, D, N, weight=False) + linear(query_rows * H, N, D, weight=False)
+    return linear(query_rows, M, D) * 2 + over_tokens + linear(query_rows, M, 1)
+
+
+def stage1(config: Blip2Stage1Config, local: Local, vocab: int, *, recompute: bool = False) -> dict[str, Flops]:
+    """A mean step of stage 1 by part: where ITM or ITG is computed in every k-th step only, in proportion.
+
+    Args:
+        vocab: V, rows of the word embeddings.
+    """
+    cycle = math.lcm(config.itm_every, config.itg_every)
+    found: dict[str, Flops] = {}
+    for step in range(cycle):
+        itm = config.weights.itm > 0 and step % config.itm_every == 0
+        itg = config.weights.itg > 0 and step % config.itg_every == 0
+        parts = stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute)
+        for name, part in parts.items():
+            found[name] = found.get(name, Flops()) + part * (1 / cycle)
+    return found
+
+
+def stage1_step(
+    config: Blip2Stage1Config, local: Local, vocab: int, *, itm: bool = True, itg: bool = True, recompute: bool = False
+) -> Flops:
+    """One step of stage 1, with the losses that it computes."""
+    itm, itg = itm and config.weights.itm > 0, itg and config.weights.itg > 0
+    return sum(stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute).values(), Flops())
+
+
+def stage1_passes(config: Blip2Stage1Config, local: Local, how: Reading, *, itm: bool, itg: bool) -> dict[str, Pass]:
+    """Rows of each pass that a step makes, by name."""
+    Q, B, R, T = config.qformer.queries, local.images, local.text_rows, local.longest
+    first = 1 if config.qformer.text_pool == "first" else None
+    passes = {"image pass": Pass(B, Q, how=how), "text pass": Pass(B, 0, R, T, leading=first)}
+    if itm:
+        passes["matching pass"] = Pass(3 * B, Q, 3 * R, T, how, leading=Q)
+    if itg:
+        passes["caption pass"] = Pass(B, 0, R, T, past=Q)
+    return passes
+
+
+def stage1_parts(
+    config: Blip2Stage1Config, local: Local, vocab: int, *, itm: bool, itg: bool, recompute: bool
+) -> dict[str, Flops]:
+    """Operations by part of the step."""
+    c, B = config.qformer, local.images
+    M, Q, E = c.width, c.queries, c.embed
+    how = reading(c, local.tokens, stage1_uses(local.workers, itm))
+    found: dict[str, Flops] = {}
+    if how == "projected":
+        # The negatives' images come from other workers as tokens, and are projected there once more.
+        found["image keys and values"] = projection(c, local) * (2 if itm and local.workers > 1 else 1)
+    for name, rows in stage1_passes(config, local, how, itm=itm, itg=itg).items():
+        found[name] = qformer_pass(c, local, rows, recompute=recompute)
+    pairs = 2.0 * B * Q * local.everywhere * E  # similarities of every query to every text
+    both = 2 if config.itc_gather == "full" else 1
+    heads = linear(B * Q, M, E) + linear(B, M, E) + Flops(2 * pairs, 2 * pairs * both)
+    if itm:
+        heads += linear(3 * B * Q, M, 2)
+    if itg:
+        heads += linear(local.labels, M, M) + linear(local.labels, M, vocab)
+    return found | {"heads": heads}
+
+
+def stage2_parts(qformer: QFormerConfig, local: Local, language: Language, *, recompute: bool) -> dict[str, Flops]:
+    """Operations of one step of stage 2 by part.
+
+    Args:
+        local: its ``longest`` and ``text_rows`` are the decoder's, see :class:`isthmus.planning.language.Rows`.
+    """
+    how = reading(qformer, local.tokens, 1.0)
+    found: dict[str, Flops] = {"image keys and values": projection(qformer, local)} if how == "projected" else {}
+    rows = Pass(local.images, qformer.queries, how=how)
+    found["image pass"] = qformer_pass(qformer, local, rows, recompute=recompute)
+    found["projection"] = linear(rows.query_rows, qformer.width, language.width)
+    return found
+
+
+def frozen_stack(stack: Stack, sequences: int, places: int) -> Flops:
+    """Self-attention and feed-forward of a frozen stack; only its input takes a gradient."""
+    rows = sequences * places
+    once = 2.0 * rows * stack.products
+    return Flops(once, once) + attention(rows * places, stack.inner) * stack.layers
+
+
+def frozen_language(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:
+    """A frozen language model behind a soft prompt, its output layer at label positions.
+
+    Args:
+        sequences: B.
+        read: places that a decoder-only model or a T5's encoder reads, the soft prompt included.
+        predicted: places of a T5's decoder; 0 for a decoder-only model.
+        labels: K of all sequences.
+    """
+    head = linear(labels, language.decoder.width, language.vocab, weight=False)
+    if language.encoder is None:
+        return frozen_stack(language.decoder, sequences, read) + head
+    decoder = language.decoder
+    total = frozen_stack(language.encoder, sequences, read) + frozen_stack(decoder, sequences, predicted) + head
+    total += linear(sequences * read, language.cross, 1, weight=False)
+    total += attention(sequences * predicted * read, decoder.inner) * decoder.layers
+    # The decoder's own inputs are constants, so the first layer's self-attention is not differentiated, nor are the
+    # queries of its cross-attention.
+    own = Stack(1, decoder.width, decoder.heads, decoder.inner, 0, 4 * decoder.width * decoder.inner)
+    spared = frozen_stack(own, sequences, predicted).backward
+    spared += 2.0 * sequences * predicted * decoder.inner * (decoder.width + read)
+    return total + Flops(0.0, -spared)

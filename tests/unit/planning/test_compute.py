@@ -1,0 +1,75 @@
+"""Formulas of operations against what torch counts of the same step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.contracts import LocalComm
+from isthmus.planning import compute
+from isthmus.planning.compute import Flops
+from isthmus.planning.frozen import measure_language
+from planning_cases import FAMILIES, VOCAB, TwoAlike, counted_flops, qformer, stage1, stage2
+
+SMALL = 0.005  # the norm's shift through key and value weights, and the key bias of direct cross-attention
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("queries", "tokens", "layers", "cross_every", "options"),
+    [
+        (4, 19, 3, 2, {}),
+        (16, 7, 2, 1, {"itc_gather": "full"}),
+        (2, 60, 3, 2, {"weights": {"itm": 0.0}}),  # few queries of many tokens: read without projecting
+        (4, 19, 2, 2, {"weights": {"itg": 0.0}}),
+    ],
+)
+def test_stage1(
+    queries: int, tokens: int, layers: int, cross_every: int, options: dict[str, Any], workers: int
+) -> None:
+    config = qformer(queries, layers, cross_every)
+    case = stage1(config, tokens=tokens, comm=LocalComm() if workers == 1 else TwoAlike(), **options)
+    found = compute.stage1_step(case.config, case.local, VOCAB + 1)
+    assert (found.forward, found.backward) == pytest.approx(counted_flops(case), rel=SMALL)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_step_that_leaves_losses_out(step: int) -> None:
+    case = stage1(qformer(4), itm_every=2, itg_every=3, step=step)
+    found = compute.stage1_step(case.config, case.local, VOCAB + 1, itm=step % 2 == 0, itg=step % 3 == 0)
+    # A head whose loss is left out runs on one row.
+    assert (found.forward, found.backward) == pytest.approx(counted_flops(case), rel=0.01)
+
+
+def test_the_mean_step_is_that_of_the_cycle() -> None:
+    case = stage1(qformer(4), itm_every=2, itg_every=3)
+    steps = [
+        compute.stage1_step(case.config, case.local, VOCAB + 1, itm=n % 2 == 0, itg=n % 3 == 0).total for n in range(6)
+    ]
+    mean = sum(compute.stage1(case.config, case.local, VOCAB + 1).values(), Flops())
+    assert mean.total == pytest.approx(sum(steps) / 6)
+    assert max(steps) > 1.5 * min(steps)
+
+
+def test_gradient_checkpointing_runs_the_layers_again() -> None:
+    case = stage1(qformer(4), recompute=True)
+    found = compute.stage1_step(case.config, case.local, VOCAB + 1, recompute=True)
+    assert found.total == pytest.approx(sum(counted_flops(case)), rel=SMALL)
+    assert found.total > 1.2 * compute.stage1_step(case.config, case.local, VOCAB + 1).total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage2(family: str, tmp_path: Path) -> None:
+    case = stage2(family, tmp_path, qformer(4))
+    sizes = measure_language(case.config.language.weights)
+    parts = compute.stage2_parts(case.config.qformer, case.local, sizes, recompute=False)
+    prefix = case.batch.prefix_ids_BT
+    longest = case.local.longest
+    read, predicted = (4 + longest - 1, 0) if prefix is None else (4 + prefix.shape[1], longest)
+    found = sum(parts.values(), Flops()) + compute.frozen_language(
+        sizes, case.local.images, read, predicted, case.local.labels
+    )
+    # The output layer's gradient is made in the forward pass, so only the sum can be compared.
+    assert found.total == pytest.approx(sum(counted_flops(case)), rel=SMALL)
