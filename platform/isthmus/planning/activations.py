@@ -86,20 +86,20 @@ def layer(keeping: Keeping, qformer: QFormerConfig, local: Local, rows: Pass, *,
         total += visible * (e if keeping.fused(qformer.dropout) else 1)
     if packed or not keeping.fused(qformer.dropout):
         total += e * out * M  # the output without padding, as the output layer reads it
-    total += _block_end(keeping, qformer, out)
+    total += _block_end(qformer, out)
     if crosses and kept.query_rows and rows.how is not None:
         total += keeping.inputs(out if not keeping.bf16 else kept.query_rows, 1) * M
         total += _seen(keeping, qformer, local, kept.query_rows, rows)
-        total += _block_end(keeping, qformer, kept.query_rows)
+        total += _block_end(qformer, kept.query_rows)
         total += keeping.inputs(kept.query_rows, 1) * M
         total += keeping.inputs(kept.text_rows, 1) * M if keeping.bf16 else 0.0
     else:
         total += keeping.inputs(out, 1) * M
     # Feed-forward: GELU's input and output.
-    return total + 2 * e * out * F + _block_end(keeping, qformer, out)
+    return total + 2 * e * out * F + _block_end(qformer, out)
 
 
-def _block_end(keeping: Keeping, qformer: QFormerConfig, rows: float) -> float:
+def _block_end(qformer: QFormerConfig, rows: float) -> float:
     """Dropout's mask and the norm of a residual block."""
     return norm(rows, qformer.width) + (rows * qformer.width if qformer.dropout else 0.0)
 
