@@ -275,7 +275,7 @@ def _all_last_rows() -> Iterator[None]:
     run = QFormer._run
 
     def whole(self: QFormer, *arguments: object) -> object:
-        x_RM, packing, kept = run(self, *arguments[:-1], None)  # type: ignore[arg-type]
+        x_RM, packing, kept = run(self, *arguments[:-2], None, arguments[-1])  # type: ignore[arg-type]
         return x_RM, packing, kept
 
     with mock.patch.object(QFormer, "_run", whole):
@@ -291,11 +291,18 @@ def _norm_in_the_tokens() -> AbstractContextManager[object]:
 
 
 def _eager_attention() -> AbstractContextManager[object]:
-    def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, p: float) -> Tensor:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        allowed: Tensor | None,
+        drop: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-        return F.dropout(scores.softmax(-1).to(value.dtype), p) @ value
+        weights = scores.softmax(-1).to(value.dtype)
+        return (weights if drop is None else drop(weights)) @ value
 
     return mock.patch.object(attention, "attend", attend)
 

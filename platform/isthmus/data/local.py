@@ -14,6 +14,7 @@ import torch
 from isthmus.contracts import Batch, Collate, Sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, Order, mix
+from isthmus.data.ranges import retries
 from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
 from isthmus.data.transforms import DecodeError, decode_image
 from isthmus.errors import DataError
@@ -27,11 +28,17 @@ Row = Sample | Failure | None
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of one rank at one step, [G/world] of them; ``encoder`` is the digest of what encoded them already."""
+    """The rows of one rank at one step, [G/world] of them.
+
+    Attributes:
+        encoder: digest of what encoded them already.
+        retries: reads that had to be tried again on the way to these rows.
+    """
 
     step: int
     rows: tuple[Row, ...]
     encoder: str = ""
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class RawRows:
 
     step: int
     rows: tuple[RawSample | Failure | None, ...]
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,12 @@ class Plan:
             some = np.flatnonzero(together_S == group)
             numbers = numbers_SB[some]
             wanted = np.unique(numbers[numbers != PADDING])
+            before = int(retries)
             found = dict(zip(wanted.tolist(), read_rows(manifest, wanted), strict=True))
+            again = int(retries) - before
             for step, row in zip(some.tolist(), numbers.tolist(), strict=True):
-                yield RawRows(steps[step], tuple(found.pop(n) if n != PADDING else None for n in row))
+                yield RawRows(steps[step], tuple(found.pop(n) if n != PADDING else None for n in row), again)
+                again = 0
 
     def decode(self, raw: RawRows) -> LocalRows:
         """What was read, decoded and augmented."""
@@ -97,7 +108,7 @@ class Plan:
             else:
                 augment = functools.partial(_augment, self.augment, mix(self.seed, stored.id, epoch))
                 rows.append(to_sample(manifest, number, stored, augment, self.size))
-        return LocalRows(raw.step, tuple(rows))
+        return LocalRows(raw.step, tuple(rows), retries=raw.retries)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,6 +17,23 @@ from isthmus import storage
 from isthmus.errors import StorageError
 
 _ATTEMPTS = 5
+
+
+class Retries:
+    """How often reads of this process were tried again."""
+
+    def __init__(self) -> None:
+        self._count, self._lock = 0, threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def __int__(self) -> int:
+        return self._count
+
+
+retries = Retries()
 
 
 class RangeReader:
@@ -27,7 +46,7 @@ class RangeReader:
         self.url = url
         self._lock = threading.Lock()
         self._handle: pa.NativeFile | None = None
-        self.size = self._open().size()
+        self.size: int = self._persist(lambda handle: handle.size(), "opened")
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``.
@@ -40,21 +59,41 @@ class RangeReader:
                 f"{self.url} has {self.size} bytes; {length} bytes at {offset} were asked for.",
                 "The file has changed since it was indexed: index it again.",
             )
-        reason = "short read"
+
+        def exactly(handle: pa.NativeFile) -> bytes:
+            data = handle.read_at(length, offset)
+            if len(data) != length:
+                raise OSError("short read")
+            return bytes(data)
+
+        data: bytes = self._persist(exactly, f"read at {offset}")
+        return data
+
+    def _persist(self, work: Callable[[pa.NativeFile], Any], what: str) -> Any:
+        """``work`` of a handle, on fresh ones while it fails as stores do for a moment."""
+        failed: StorageError | None = None
         for attempt in range(_ATTEMPTS):
-            handle = self._open()
+            if attempt:
+                retries.add()
+                time.sleep(0.05 * 2**attempt * (1 + random.random()))  # noqa: S311  (jitter, no secret)
+            handle = None
             try:
-                data = handle.read_at(length, offset)
-                if len(data) == length:
-                    return bytes(data)
+                handle = self._open()
+                return work(handle)
             except (OSError, pa.ArrowException) as error:
                 reason = str(error).splitlines()[0]
-            self._drop(handle)
-            if attempt + 1 < _ATTEMPTS:
-                time.sleep(0.05 * 2**attempt * (1 + random.random()))  # noqa: S311  (jitter, no secret)
-        raise StorageError(
-            f"{self.url} could not be read at {offset} after {_ATTEMPTS} attempts: {reason}.", "Check the store."
-        )
+                problem = f"{self.url} could not be {what} after {_ATTEMPTS} attempts: {reason}."
+                failed = StorageError(problem, "Check the store.")
+            except StorageError as error:  # of opening, in words; what is not there or not allowed stays so
+                if not isinstance(error.__cause__, (OSError, pa.ArrowException)) or isinstance(
+                    error.__cause__, (FileNotFoundError, PermissionError)
+                ):
+                    raise
+                failed = error
+            if handle is not None:
+                self._drop(handle)
+        assert failed is not None
+        raise failed
 
     def close(self) -> None:
         """Give the handle back; a later read opens it again."""

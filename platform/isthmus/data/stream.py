@@ -55,6 +55,7 @@ def train_batches(
     on_failure: Callable[[Failure], None],
     encoding: Encoding | None = None,
     on_encoder: Callable[[str], None] | None = None,
+    on_retries: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of steps ``start_step`` to ``stop_step`` - 1, each of exactly G/world rows.
 
@@ -66,6 +67,7 @@ def train_batches(
         on_failure: called once for every unreadable row, in order, before its batch is yielded.
         encoding: what encodes the images; needed by ``streamed`` alone.
         on_encoder: called with the digest of the encoder that the first encoded batch came from.
+        on_retries: called with the number of reads that had to be tried again, where there were any.
 
     Raises:
         DataError: the data has changed, has no captions, does not fit the cache, too many samples are unreadable, or
@@ -92,7 +94,7 @@ def train_batches(
     if stage.needs_image_ids:
         _check_images(manifest, rank)
         source = _with_images(source, manifest, order, rank, world)
-    return _batches(source, data, stage, order, blank, on_failure)
+    return _batches(source, data, stage, order, blank, on_failure, on_retries)
 
 
 def _check_images(manifest: Manifest, rank: int) -> None:
@@ -147,6 +149,7 @@ def _batches(
     order: Order,
     blank: Sample,
     on_failure: Callable[[Failure], None],
+    on_retries: Callable[[int], None] | None,
 ) -> Iterator[Batch]:
     budget = FailureBudget(order.samples, data.max_failed_share, data.train)
     collate = stage.collate if data.captions == "drawn" else _OnFirstCaptions(stage.collate)
@@ -156,6 +159,8 @@ def _batches(
         for failure in failed:
             on_failure(failure)
         budget.count(sum(row is not None for row in local.rows), failed)
+        if local.retries and on_retries:
+            on_retries(local.retries)
         yield batch
 
 
@@ -292,7 +297,9 @@ def _packed(local: LocalRows) -> dict[str, Any]:
     good = [row for row in local.rows if isinstance(row, Sample)]
     arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
     heads = [(row.id, row.key, row.captions) if isinstance(row, Sample) else row for row in local.rows]
-    return _row(local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder))
+    return _row(
+        local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder, local.retries)
+    )
 
 
 def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
@@ -304,11 +311,11 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
     rest = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
     if isinstance(rest, IsthmusError):
         raise rest
-    heads, encoder = rest
+    heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
     arrays = iter(np.asarray(row["array"], np.float32).reshape(tuple(row["shape"])))
     rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
-    return LocalRows(int(row["step"]), tuple(rows), encoder)
+    return LocalRows(int(row["step"]), tuple(rows), encoder, again)
 
 
 # ------------------------------------------------------------------------------------------------------ cached

@@ -59,7 +59,7 @@ class StepEncoder:
             replace(row, pixels_CHW=None, features_ND=next(features)) if isinstance(row, Sample) else row
             for row in local.rows
         )
-        return LocalRows(local.step, rows, encoder.base.digest)
+        return replace(local, rows=rows, encoder=encoder.base.digest)
 
     def _loaded(self) -> Any:
         if self._encoder is None:

@@ -199,7 +199,7 @@ class Worker:
     def __init__(self, job: Job, device: torch.device, out: Out) -> None:
         self.job, self.run, self.train_config = job, job.run, job.run.train
         self.device, self.out, self.comm = device, out, TorchComm()
-        self.failed = self.cut = self.seen = 0
+        self.failed = self.cut = self.seen = self.retried = 0
         self.first = self.comm.rank == 0
         self.encoder: Base | None = None
         self.pending: checkpoint.Pending | None = None
@@ -282,7 +282,7 @@ class Worker:
         batches = iter(
             train_batches(
                 data, self.stage, order, self.comm.rank, self.comm.world_size, start, config.steps, config.seed,
-                self._on_failure, self._encoding(), self._on_encoder,
+                self._on_failure, self._encoding(), self._on_encoder, self._on_retries,
             )
         )  # fmt: skip
         while True:
@@ -306,6 +306,9 @@ class Worker:
             cluster.encoder_resources,
             store_environment(),
         )
+
+    def _on_retries(self, count: int) -> None:
+        self.retried += count
 
     def _on_encoder(self, digest: str) -> None:
         """The encoder of a streamed run has said who it is; a parent's must be the same."""
@@ -374,9 +377,9 @@ class Worker:
 
     def _log(self, done: int, epoch: int, rate: float) -> None:
         window, self.window = self.window, _Window()
-        sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen]
+        sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen, self.retried]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        images, tokens, waited, failed, cut, seen = self.comm.sum(counts).tolist()
+        images, tokens, waited, failed, cut, seen, retried = self.comm.sum(counts).tolist()
         check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
         if not self.first:
             return
@@ -388,6 +391,7 @@ class Worker:
             "tokens_per_s": tokens / seconds,
             "data_wait_share": waited / self.comm.world_size / seconds,
             "unreadable": failed,
+            "reads_retried": retried,
             "captions_cut": cut / max(seen, 1),
         }
         self.out.append({"step": done, "time": time.time(), "metrics": values})
