@@ -150,8 +150,10 @@ class Blip2Stage1(SeeingModule):
         with_itm = self.itm_head is not None and batch.step % config.itm_every == 0
         with_itg = self.qformer.lm_head is not None and batch.step % config.itg_every == 0
 
-        made = self._whole(batch, with_itm, with_itg) if self.micro_batch is None else None
-        itc, match, itg = made or self._by_parts(self.micro_batch or 0, batch, with_itm, with_itg)
+        if self.micro_batch is None:
+            itc, match, itg = self._whole(batch, with_itm, with_itg)
+        else:
+            itc, match, itg = self._by_parts(self.micro_batch, batch, with_itm, with_itg)
 
         total = weights.itc * itc.loss
         parts = {"itc": itc.loss}

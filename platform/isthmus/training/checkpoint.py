@@ -217,8 +217,8 @@ class Restored:
         return tensor
 
     def set_random_state(self) -> None:
-        """This rank's random-number state. A rank that the writing group did not have keeps its own: the order of
-        samples and the negatives do not depend on it, dropout does."""
+        """This rank's random-number state. A rank that the writing group did not have keeps its own: order, negatives
+        and dropout are functions of the seed; only a woken frozen model's own dropout draws from it."""
         if self._random.exists():
             set_random_state(load_file(self._random))
 

@@ -244,7 +244,7 @@ class Worker:
         stage: Stage = self.job.spec.build(self.run.method, context)
         freeze(stage.module, self.train_config.frozen)
         stage.module.train()
-        # Dropout differs between ranks from here on; parameters were initialised alike.
+        # What still draws from the process's generator, as a frozen language model's dropout, differs between ranks.
         torch.manual_seed(seed * 1_000_003 + self.comm.rank)
         return stage
 
