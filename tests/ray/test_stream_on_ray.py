@@ -1,5 +1,8 @@
 """The Ray Data pipeline gives the batches that threads give, in order."""
 
+import io
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Sample, Stage, StageModule
+from isthmus.data import on_ray as on_ray_rows
 from isthmus.data import stream
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.order import Order
@@ -63,7 +68,7 @@ def test_ray_data_equals_threads(ray_cluster: Any, tmp_path: Path, monkeypatch: 
     report = index(str(tmp_path))  # as Ray tasks
     assert report.samples == 22
     order = Order(22, 6, seed=2)
-    monkeypatch.setattr(stream, "_WINDOW", 7)  # two pipelines, one behind the other
+    monkeypatch.setattr(on_ray_rows, "_WINDOW", 7)  # two pipelines, one behind the other
     on_ray, failed = batches(tmp_path, order, max_failed_share=0.5)
     monkeypatch.setattr(stream, "ray_is_up", lambda: False)
     on_threads, also_failed = batches(tmp_path, order, max_failed_share=0.5)
@@ -72,6 +77,54 @@ def test_ray_data_equals_threads(ray_cluster: Any, tmp_path: Path, monkeypatch: 
     for one, two in zip(on_ray, on_threads, strict=True):
         assert torch.equal(one.sample_ids_B, two.sample_ids_B) and torch.equal(one.valid_B, two.valid_B)
         assert torch.equal(one.pixels_BCHW, two.pixels_BCHW) and one.texts == two.texts  # type: ignore[arg-type]
+
+
+DEADLY = (13, 13)
+
+
+def _plain(image: Any, seed: int) -> np.ndarray:
+    if image.size == DEADLY:
+        os._exit(1)
+    return ImageTransform(16)(image)
+
+
+@pytest.mark.slow  # five processes end and start; `make chaos` has it too
+def test_an_image_that_ends_its_process_is_set_aside_and_the_rest_goes_on(ray_cluster: Any, tmp_path: Path) -> None:
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    make_dataset(tmp_path, 7)
+    picture = io.BytesIO()
+    Image.new("RGB", DEADLY).save(picture, "PNG")
+    write_tar(tmp_path / "zz.tar", {"zz.png": picture.getvalue(), "zz.txt": b"words"})
+    index(str(tmp_path))
+    failed: list[Failure] = []
+    config, order = DataConfig(train=str(tmp_path), max_failed_share=0.5), Order(8, 4, seed=2)
+    stopping = replace(stage(), augment=_plain)
+    found = list(stream.train_batches(config, stopping, order, 0, 1, 0, 4, 5, failed.append))
+    assert [batch.step for batch in found] == list(range(4))
+    assert sorted(failure.key for failure in failed) == ["zz", "zz"], "one a pass"
+    assert all("ended the process" in failure.reason and len(failure.digest) == 64 for failure in failed)
+    ids = Manifest.load(str(tmp_path)).ids
+    for epoch in (found[:2], found[2:]):
+        seen = [i for batch in epoch for i in batch.sample_ids_B[batch.valid_B].tolist()]
+        assert sorted(seen) == sorted(ids[:7].tolist())
+
+
+def test_tasks_that_die_through_no_image_s_fault_stop_the_run_with_a_sentence(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(tmp_path, 4)
+    index(str(tmp_path))
+
+    def dead(*_: Any) -> Any:
+        raise ray_cluster.exceptions.WorkerCrashedError
+        yield
+
+    monkeypatch.setattr(on_ray_rows, "_pipeline", dead)
+    rows = stream.train_batches(
+        DataConfig(train=str(tmp_path)), stage(), Order(4, 2), 0, 1, 0, 2, 0, lambda failure: None
+    )
+    with pytest.raises(DataError, match="died 3 times"):
+        list(rows)
 
 
 def test_encoding_actors_give_what_threads_give(

@@ -61,6 +61,7 @@ class Plan:
         augment: (PIL image, seed) -> float32 [3, H, W].
         size: pixels of the augmented image, which lets JPEGs be decoded at a fraction of their size.
         environment: variables to lay over the process's own.
+        deadly: manifest rows that are not decoded, since that ends the process.
     """
 
     data: str
@@ -72,6 +73,7 @@ class Plan:
     augment: Callable[[Any, int], np.ndarray]
     size: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    deadly: frozenset[int] = frozenset()
 
     def __call__(self, step: int) -> LocalRows:
         """Read, decode and augment the rows of ``step``."""
@@ -105,10 +107,22 @@ class Plan:
         for number, stored in zip(numbers, raw.rows, strict=True):
             if stored is None:
                 rows.append(None)
+            elif number in self.deadly:
+                data = b"" if isinstance(stored, Failure) else stored.image
+                rows.append(failure_of(manifest, number, "decoding it ended the process that did it", data))
             else:
                 augment = functools.partial(_augment, self.augment, mix(self.seed, stored.id, epoch))
                 rows.append(to_sample(manifest, number, stored, augment, self.size))
         return LocalRows(raw.step, tuple(rows), retries=raw.retries)
+
+
+def spans_of(order: Order, steps: range) -> Iterator[range]:
+    """``steps`` cut where the order's spans end: what is best read together."""
+    first = steps.start
+    while first < steps.stop:
+        stop = min(order.span_end(first), steps.stop)
+        yield range(first, stop)
+        first = stop
 
 
 @dataclass(frozen=True)

@@ -7,40 +7,30 @@ at its step; nothing is replayed and no iterator state is saved.
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Collate, Sample, Stage
-from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, to_batch, to_sample
+from isthmus.data.local import LocalRows, Plan, Unaugmented, failures, spans_of, to_batch, to_sample
 from isthmus.data.manifest import Manifest
+from isthmus.data.on_ray import rows_on_ray
 from isthmus.data.order import PADDING, Order
 from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
 from isthmus.data.streamed import Encoding, StepEncoder
-from isthmus.errors import DataError, IsthmusError
+from isthmus.errors import DataError
 
 if TYPE_CHECKING:
     from isthmus.data.features import FeatureCache
 
 log = logging.getLogger(__name__)
-
-_WINDOW = 1024
-"""Steps of one Ray Data pipeline, about."""
-
-_READ_CPUS = 0.25
-
-_DECODE_CPUS = 0.5
-"""Logical CPUs of a reading and of a decoding task: little, so that trainers and their readers fit on a small machine
-together."""
 
 
 def train_batches(
@@ -193,129 +183,16 @@ def _image_rows(
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
         blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, np.float32))
     if ray_is_up():
-        return _on_ray(plan, steps, data.decode_workers, data.prefetch, encoding), blank
+        return rows_on_ray(plan, steps, data.decode_workers, data.prefetch, encoding), blank
     return _on_threads(plan, steps, data.decode_workers, data.prefetch, encoding), blank
-
-
-def _spans(order: Order, steps: range) -> Iterator[range]:
-    """``steps`` cut where the order's spans end: what is best read together."""
-    first = steps.start
-    while first < steps.stop:
-        stop = min(order.span_end(first), steps.stop)
-        yield range(first, stop)
-        first = stop
 
 
 def _on_threads(
     plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
-    raw = (rows for span in _spans(plan.order, steps) for rows in plan.read(span))
+    raw = (rows for span in spans_of(plan.order, steps) for rows in plan.read(span))
     decoded = map_ahead(plan.decode, ahead(raw, prefetch), workers, prefetch)
     return decoded if encoding is None else map(StepEncoder(encoding), decoded)
-
-
-# ---------------------------------------------------------------------------------------------------- Ray Data
-
-
-def _on_ray(plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None) -> Iterator[LocalRows]:
-    spans = _spans(plan.order, steps)
-    while window := list(islice(spans, max(1, _WINDOW // plan.order.span))):
-        yield from _pipeline(plan, window, workers, prefetch, encoding)
-
-
-def _pipeline(
-    plan: Plan, spans: Sequence[range], workers: int, prefetch: int, encoding: Encoding | None
-) -> Iterator[LocalRows]:
-    """A Ray Data pipeline: a task for each span reads it and hands its steps on one by one, a task for each step
-    decodes it, and actors encode it if asked; delivered in order, read no further ahead than Ray's back-pressure lets
-    it."""
-    import ray.data
-
-    def read(block: pa.Table) -> Iterator[pa.Table]:
-        span = range(block["first"][0].as_py(), block["stop"][0].as_py())
-        try:
-            for raw in plan.read(span):
-                yield _stored(raw.step, raw)
-        except IsthmusError as error:  # carried as a value: Ray's own wrapping keeps only its text
-            yield _stored(span.start, error)
-
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        raw = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
-        try:
-            if isinstance(raw, IsthmusError):
-                raise raw
-            return _packed(plan.decode(raw))
-        except IsthmusError as error:
-            return _row(int(row["step"]), np.zeros(0, np.float32), error)
-
-    # The spans are blocks that are there already. A range would be read by tasks of one whole CPU each, which a machine
-    # whose CPUs are all trainers' never has.
-    blocks = [pa.table({"first": [span.start], "stop": [span.stop]}) for span in spans]
-    dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
-    dataset.context.execution_options.preserve_order = True  # this pipeline's own context, not the process's
-    dataset.context.target_max_block_size = 1  # a block a step, whatever its size
-    # Other resources than decoding has, or Ray would run both in one task, and a span's images one after the other.
-    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS, concurrency=1)
-    dataset = dataset.map(decode, num_cpus=_DECODE_CPUS, concurrency=workers)
-    if encoding is not None:
-        dataset = dataset.map(
-            _EncodeRow,  # type: ignore[arg-type]  # an actor class, which Ray takes as well
-            fn_constructor_args=(encoding,),
-            compute=ray.data.ActorPoolStrategy(size=encoding.actors),
-            num_cpus=encoding.cpus,
-            num_gpus=encoding.gpus,
-            resources=dict(encoding.resources),
-        )
-    expected = iter(range(spans[0].start, spans[-1].stop))
-    for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch):
-        for number in range(len(block["step"])):
-            local = _unpacked({name: column[number] for name, column in block.items()})
-            if local.step != next(expected, None):
-                raise DataError(f"Ray Data delivered step {local.step} out of order.", "Report this as a fault.")
-            yield local
-
-
-def _stored(step: int, rest: Any) -> pa.Table:
-    return pa.table({"step": [step], "rest": pa.array([pickle.dumps(rest)], pa.large_binary())})
-
-
-class _EncodeRow:
-    """A Ray Data actor around :class:`StepEncoder`."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self._encode = StepEncoder(encoding, alone=True)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return _packed(self._encode(_unpacked(row)))
-        except IsthmusError as error:
-            return _row(int(row["step"]), np.zeros(0, np.float32), error)
-
-
-def _packed(local: LocalRows) -> dict[str, Any]:
-    """Pixels or features as one tensor, everything else pickled: what Ray moves through shared memory."""
-    good = [row for row in local.rows if isinstance(row, Sample)]
-    arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
-    heads = [(row.id, row.key, row.captions) if isinstance(row, Sample) else row for row in local.rows]
-    return _row(
-        local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder, local.retries)
-    )
-
-
-def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
-    shape = np.asarray(array.shape, np.int64)
-    return {"step": step, "shape": shape, "array": array.reshape(-1), "rest": pickle.dumps(rest)}
-
-
-def _unpacked(row: dict[str, Any]) -> LocalRows:
-    rest = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
-    if isinstance(rest, IsthmusError):
-        raise rest
-    heads, encoder, again = rest
-    name = "features_ND" if encoder else "pixels_CHW"
-    arrays = iter(np.asarray(row["array"], np.float32).reshape(tuple(row["shape"])))
-    rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
-    return LocalRows(int(row["step"]), tuple(rows), encoder, again)
 
 
 # ------------------------------------------------------------------------------------------------------ cached
