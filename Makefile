@@ -1,4 +1,4 @@
-# make setup, demo, demo-long, test, lint, bench, clean. Every target that needs the environment makes it first.
+# make setup, demo, demo-long, test, chaos, lint, bench, clean. Every target that needs the environment makes it first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.isthmus-installed
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-long test test-all lint format bench clean
+.PHONY: help setup demo demo-long test test-all chaos lint format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,9 @@ test: setup ## the tests
 
 test-all: setup ## the tests and the long proofs
 	$(BIN)/pytest $(SPREAD) -m 'not gpu'
+
+chaos: setup ## every fault in training and captioning, on real clusters; runs/chaos/report.json
+	$(BIN)/pytest -m chaos tests/ray/chaos --chaos-report runs/chaos/report.json
 
 lint: setup ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -104,6 +104,8 @@ def test_what_is_written_out_reads_back_equal(tmp_path: Path) -> None:
         ("method.name=toi", "Did you mean 'toy'"),
         ("data.placement=cached", "isthmus data cache"),
         ("train.global_batch=5", "does not divide among"),
+        ("cluster.workers=[4, 2]", "or two of them, [fewest, most]"),
+        ("cluster.workers=many", "a whole number above 0"),
     ],
 )
 def test_a_fault_names_its_key_and_the_mend(override: str, says: str) -> None:
@@ -116,6 +118,12 @@ def test_every_fault_is_listed_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         run("train.stepz=3", "zero.stage=9", "cluster.workers=-1")
     assert len(str(refused.value).splitlines()) == 3
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    assert (run("cluster.workers=4").cluster.most_workers, run().cluster.elastic) == (4, False)
+    cluster = run("cluster.workers=[1, 4]").cluster
+    assert (cluster.workers, cluster.most_workers, cluster.elastic) == ((1, 4), 4, True)
 
 
 @pytest.mark.parametrize("word", ["train.steps", "=3", " = 3"])

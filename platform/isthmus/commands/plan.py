@@ -61,7 +61,7 @@ def plan(
     found = None if gpu.strip().lower() == CPU else find_gpu(gpu)
     run = recipes.load_training([*words, "cluster.workers=1"])
     if gpus_per_node is None:
-        recipe_workers = recipes.load_training(words).cluster.workers
+        recipe_workers = recipes.load_training(words).cluster.most_workers
         if recipe_workers % nodes:
             raise ConfigError(
                 f"cluster.workers {recipe_workers} does not divide among {nodes} nodes.", "Give --gpus-per-node."

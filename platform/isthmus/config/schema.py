@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from isthmus.config.base import Config, MethodConfig
 from isthmus.config.places import Place
@@ -181,10 +181,30 @@ class TrainConfig(Config):
     )
 
 
+def _number_or_range(value: Any) -> Any:
+    """One number of workers, or the fewest and the most."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, str) and value.isdecimal():
+        numbers = [int(value)]
+    if len(numbers) > 2 or not all(type(n) is int and n > 0 for n in numbers) or numbers != sorted(numbers):
+        raise ValueError("expected a whole number above 0, or two of them, [fewest, most]")
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_number_or_range)]
+
+
 class ClusterConfig(Config):
     """Ray resources of one run."""
 
-    workers: Positive = Field(2, description="data-parallel training processes")
+    workers: Workers = Field(
+        2,
+        description="data-parallel training processes; [fewest, most] takes as many as the cluster has room for, and "
+        "fewer or more as nodes go and come",
+    )
+    resize_every_s: Annotated[float, Field(gt=0)] = Field(
+        60, description="with a range of workers: seconds between looks at whether there is room for more"
+    )
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     encoders: Positive = Field(1, description="with data.placement 'streamed': encoding actors of each worker")
@@ -194,6 +214,16 @@ class ClusterConfig(Config):
         {}, description="custom Ray resources of an encoding actor, which lead it to the nodes that have them"
     )
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="worker-group restarts; -1 is without end")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while a run goes on."""
+        return isinstance(self.workers, tuple)
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the upper end of the range."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class ZeroConfig(Config):
@@ -247,10 +277,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> RunConfig:
-        if self.train.global_batch % self.cluster.workers:
+        # In between, an elastic run may have a number that does not divide, and pads its batches.
+        most = self.cluster.most_workers
+        if self.train.global_batch % most:
             raise ValueError(
-                f"train.global_batch {self.train.global_batch} does not divide among "
-                f"cluster.workers {self.cluster.workers}"
+                f"train.global_batch {self.train.global_batch} does not divide among cluster.workers {most}"
             )
         return self
 

@@ -7,7 +7,7 @@ The epoch is a sequence of chunks, runs of neighbouring rows, in a pseudo-random
 canonical streams, whose number depends on the global batch alone. A global batch takes the same number of rows of each
 stream in turn, and the rows that a stream gives over a span of steps, its block, are shuffled among one another. So:
 
-- the world size does not enter: rank r of w takes rows [r*G/w, (r+1)*G/w) of the one global batch;
+- the world size does not enter: rank r of w takes rows [r*G/w, (r+1)*G/w) of the one global batch, G/w rounded up;
 - the rows of a span are whole chunks but for those at a block's ends, hence few long reads from the store;
 - about ``pool`` samples at a time are mixed; a set no larger than that is shuffled sample by sample.
 
@@ -108,14 +108,13 @@ class Order:
         return rows.reshape(-1)
 
     def local(self, step: int, rank: int, world: int) -> np.ndarray:
-        """Rank ``rank``'s part of :meth:`batch`, int64 [G/world]; the ranks' parts in order are the batch."""
-        if self.global_batch % world:
-            raise DataError(
-                f"A global batch of {self.global_batch} does not divide among {world} ranks.",
-                "Choose train.global_batch as a multiple of cluster.workers.",
-            )
-        share = self.global_batch // world
-        return self.batch(step)[rank * share : (rank + 1) * share]
+        """Rank ``rank``'s part of :meth:`batch`, int64 [ceil(G/world)]; the ranks' parts in order are the batch.
+
+        Where the batch does not divide, as while an elastic run has lost a node, the last parts end in padding.
+        """
+        share = -(-self.global_batch // world)
+        rows = self.batch(step)[rank * share : (rank + 1) * share]
+        return np.pad(rows, (0, share - len(rows)), constant_values=PADDING)
 
     def _rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Manifest rows at ``positions`` of the epoch's sequence of chunks."""

@@ -50,7 +50,7 @@ def fit(config: RunConfig, *, progress: bool = True) -> ModelVersion:
         return version
     preflight.write_recipe(plan)
     local = _local_folder(plan)
-    with ray_session(plan.run.cluster.workers * plan.run.cluster.cpus_per_worker):
+    with ray_session(plan.run.cluster.most_workers * plan.run.cluster.cpus_per_worker):
         tracked = Tracked(plan, local)
         watch = _train(plan, local, tracked, progress)
     return _finish(plan, tracked, watch)
@@ -108,7 +108,12 @@ def _run_trainer(run: RunConfig, job: Job) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job)},  # a reference, so that the controller need not import all this
-        scaling_config=ScalingConfig(num_workers=run.cluster.workers, use_gpu=gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=run.cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=run.cluster.resize_every_s,
+        ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=RayRunConfig(
             name=run.name, storage_path=records, failure_config=FailureConfig(max_failures=run.cluster.max_failures)

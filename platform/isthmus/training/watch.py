@@ -36,7 +36,7 @@ class Watch:
         self._tracker: Tracker | None = None
 
     def __enter__(self) -> Watch:
-        self._open(f"start {self.run.name}", self.run.cluster.workers, "workers")
+        self._open(f"start {self.run.name}", self.run.cluster.most_workers, "workers")
         self._thread = threading.Thread(target=self._follow, name="isthmus-watch", daemon=True)
         self._thread.start()
         return self

@@ -106,18 +106,18 @@ def train_worker(config: Mapping[str, Any]) -> None:
         if fatal is None:
             raise
         ray.get(job.spool.fail.remote(fatal, ray.train.get_context().get_world_rank()))
-        if not _all_failed(job):
+        if not _all_failed(job, ray.train.get_context().get_world_size()):
             raise fatal from error
 
 
-def _all_failed(job: Job, patience_s: float = 5.0) -> bool:
+def _all_failed(job: Job, world: int, patience_s: float = 5.0) -> bool:
     """Whether every rank met such a fault, as with a loss that is no number. Then all return and nothing is restarted;
     a rank that waits for this one in a collective call has to be ended by the error instead."""
     import ray
 
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if ray.get(job.spool.failed_ranks.remote()) >= job.run.cluster.workers:
+        if ray.get(job.spool.failed_ranks.remote()) >= world:
             return True
         time.sleep(0.1)
     return False

@@ -19,8 +19,8 @@ from isthmus.models.freezing import owned_parameters
 from isthmus.training.optimizer import parameter_groups
 
 
-def engine_config(run: RunConfig, *, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for ``run``.
+def engine_config(run: RunConfig, *, world: int, cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``run`` on ``world`` workers.
 
     ``gradient_clipping`` is always written, because an omitted one means 1.0. The learning rate and its schedule are
     the training loop's. Parameters, gradients and optimizer state are fp32; bf16 is autocast around the forward pass.
@@ -34,7 +34,7 @@ def engine_config(run: RunConfig, *, cuda: bool) -> dict[str, Any]:
     if run.zero.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     return {
-        "train_micro_batch_size_per_gpu": run.train.global_batch // run.cluster.workers,
+        "train_micro_batch_size_per_gpu": -(-run.train.global_batch // world),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": run.train.clip_norm,
         "zero_optimization": zero,
@@ -78,7 +78,10 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
         fused=cuda,
     )
     engine, *_ = deepspeed.initialize(
-        model=module.to(device), optimizer=optimizer, config=engine_config(run, cuda=cuda), dist_init_required=False
+        model=module.to(device),
+        optimizer=optimizer,
+        config=engine_config(run, world=torch.distributed.get_world_size(), cuda=cuda),
+        dist_init_required=False,
     )
     return engine
 
