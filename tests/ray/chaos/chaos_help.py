@@ -69,7 +69,7 @@ def after(root: Path, name: str, struck: float) -> float:
     return min(entry["time"] for entry in found if entry["pid"] not in before) - struck
 
 
-def wait_for(what: Any, seconds: float = 120, *, process: Any = None) -> None:
+def wait_for(what: Any, seconds: float = 300, *, process: Any = None) -> None:
     """Until ``what()`` holds; fails when it takes too long or ``process`` ends."""
     deadline = time.monotonic() + seconds
     while not what():
