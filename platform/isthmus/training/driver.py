@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import registry, storage
-from isthmus.config import RunConfig, anchored
+from isthmus.config import ClusterConfig, RunConfig, anchored
 from isthmus.contracts import ModelVersion
 from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
@@ -120,7 +120,7 @@ def _run_trainer(run: RunConfig, job: Job) -> None:
         ),
     )
     try:
-        with interruptible():
+        with interruptible(), _patience(run.cluster):
             trainer.fit()
     except TrainingFailedError as error:
         fatal = _failure_of(job)
@@ -133,6 +133,25 @@ def _run_trainer(run: RunConfig, job: Job) -> None:
         ) from error
     finally:
         shutil.rmtree(records, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _patience(cluster: ClusterConfig) -> Iterator[None]:
+    """How long Ray Train waits for the workers that it has decided on.
+
+    It decides by a view of the nodes that is up to 20 s old. A range of workers must not wait for a node that is gone,
+    but decide again; that counts as no failure of a worker.
+    """
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    before = os.environ.get(name)
+    if cluster.elastic:
+        os.environ[name] = "30"
+    try:
+        yield
+    finally:
+        if cluster.elastic:
+            os.environ.pop(name)
+            os.environ.update({} if before is None else {name: before})
 
 
 def _failure_of(job: Job) -> IsthmusError | None:
