@@ -130,6 +130,19 @@ def test_zero_stages_give_one_trajectory(method: str, made: Made) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
+def test_norms_by_part_make_up_the_global_norm(method: str, made: Made) -> None:
+    plain = {row["step"]: row["metrics"] for row in made.ranks[0][f"{method}-0"]["rows"]}
+    for stage in made.stages:
+        for row in made.ranks[0][f"{method}-{stage}"]["rows"]:
+            norms = {k: v for k, v in row["metrics"].items() if k.startswith("grad_norm/")}
+            assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(row["metrics"]["grad_norm"])
+            assert norms == pytest.approx({k: plain[row["step"]][k] for k in norms}, rel=1e-3, abs=1e-6), stage
+            assert norms["grad_norm/frozen"] == 0.0
+    named = {"blip2_stage1": "qformer.cross", "blip2_stage2": "projection", "projector": "image_projector.tokens"}
+    assert plain[1][f"grad_norm/{named[method]}"] > 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_frozen_parts_are_bit_identical_after_training(method: str, made: Made) -> None:
     for rank in made.ranks:
         for stage in set(made.stages) - {3}:

@@ -200,6 +200,30 @@ class ZeroConfig(Config):
     """DeepSpeed ZeRO."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: the master copy of the trained parameters, AdamW's moments and its step are in the host's "
+        "memory and on its processors; with stage 1, 2 or 3",
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: each worker's share of all parameters, frozen ones included, is in the host's memory and is "
+        "copied to the accelerator when it is used; with stage 3",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> ZeroConfig:
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError(
+                "zero.offload_optimizer 'cpu' needs zero.stage 1, 2 or 3: stage 0 is plain data parallelism, whose "
+                "optimizer steps on the parameters where they are"
+            )
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(
+                f"zero.offload_parameters 'cpu' needs zero.stage 3: under stage {self.stage} every worker computes "
+                "with whole parameters, which have to stay on its device"
+            )
+        return self
 
 
 class TrackingConfig(Config):

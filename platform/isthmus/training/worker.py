@@ -24,11 +24,13 @@ from isthmus.training.comm import TorchComm
 from isthmus.training.export import write_artefact
 from isthmus.training.faults import TrainingError as TrainingError
 from isthmus.training.faults import as_fatal
+from isthmus.training.gradients import part_norms
 from isthmus.training.job import ActorOut, Out
 from isthmus.training.job import Job as Job
 from isthmus.training.optimizer import learning_rate
 from isthmus.training.saving import Saving
 from isthmus.training.state import check_names, load_moments, load_parameters
+from isthmus.training.telemetry import Telemetry
 from isthmus.training.window import Window
 from isthmus.training.zero import (
     build_engine,
@@ -108,6 +110,7 @@ class Worker:
             known = self.stage.references(self.train_config.global_batch)
             self._note("references", references={f"loss_{k}": asdict(v) for k, v in known.items()})
         start = self._start()
+        self.telemetry = Telemetry(self.comm, self.device)
         self.window = Window()
         for step, (batch, waited_s) in enumerate(self._batches(start), start=start):
             if step == start:
@@ -223,19 +226,22 @@ class Worker:
         if not math.isfinite(values["loss"]):
             self._stop_not_finite(step, batch, values)
         self.engine.backward(terms.total)
+        done = step + 1
+        logged = done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0
+        norms = part_norms(self.engine, stage=self.run.zero.stage, comm=self.comm) if logged else {}
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = float(norm) if norm is not None else 0.0
         if not math.isfinite(values["grad_norm"]):
             self._stop_not_finite(step, batch, values)
         self._count(batch, waited_s)
-        self.window.add(values)
+        clip = self.train_config.clip_norm
+        self.window.add(values | {"clipped_share": float(0 < clip < values["grad_norm"])})
         self.saving.watch(step, values)
         if self.saving.pending is not None and self.all_written:
             self.saving.settle()
-        done = step + 1
-        if done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0:
-            self._log(done, batch.epoch, rate)
+        if logged:
+            self._log(done, batch.epoch, rate, norms)
 
     def _reduced(self, terms: LossTerms) -> dict[str, float]:
         """The loss, its parts and the metrics as global values: one small all-reduce. It also tells whether every rank
@@ -264,12 +270,13 @@ class Worker:
         if batch.cut_B is not None:
             self.cut += int((batch.cut_B & batch.valid_B).sum())
 
-    def _log(self, done: int, epoch: int, rate: float) -> None:
+    def _log(self, done: int, epoch: int, rate: float, norms: Mapping[str, float]) -> None:
         window, self.window = self.window, Window()
         sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen, self.retried]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
         images, tokens, waited, failed, cut, seen, retried = self.comm.sum(counts).tolist()
         check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
+        machines = self.telemetry.read()
         if not self.first:
             return
         seconds = window.seconds()
@@ -278,12 +285,17 @@ class Worker:
             "epoch": epoch,
             "images_per_s": images / seconds,
             "tokens_per_s": tokens / seconds,
+            "tokens_per_step": tokens / window.steps,
+            "step_s": seconds / window.steps,
+            "samples_seen": float(done * self.train_config.global_batch),
             "data_wait_share": waited / self.comm.world_size / seconds,
             "unreadable": failed,
             "reads_retried": retried,
             "captions_cut": cut / max(seen, 1),
         }
-        self.out.append({"step": done, "time": time.time(), "metrics": values})
+        values |= {f"lr/{prefix}": rate * scale for prefix, scale in self.train_config.lr_scale.items()}
+        values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        self.out.append({"step": done, "time": time.time(), "metrics": values | machines})
 
     def _identity(self) -> dict[str, str]:
         """What every checkpoint of this run is a state of."""
