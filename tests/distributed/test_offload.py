@@ -42,6 +42,9 @@ class Kept:
     def event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
+    def artefact(self, name: str, data: bytes) -> None:
+        """Not of interest here."""
+
 
 def recipe(root: str, name: str, zero: dict[str, object], **method: Any) -> RunConfig:
     train = {"precision": "fp32", "steps": STEPS, "log_every": 1, "checkpoint_every": 10}

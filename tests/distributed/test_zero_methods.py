@@ -33,6 +33,9 @@ class Silent:
     def event(self, event: dict[str, Any]) -> None:
         pass
 
+    def artefact(self, name: str, data: bytes) -> None:
+        pass
+
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
     dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}

@@ -169,11 +169,18 @@ class TrainConfig(Config):
         "batch, contrast included, at the cost of a second forward pass. Not given: all rows",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute the Q-Former's activations in the backward pass: less memory, more time"
+        False,
+        description="recompute the activations of the Q-Former and of a frozen language model in the backward pass, "
+        "layer by layer: less memory, more time",
     )
     seed: int = 0
     log_every: Positive = Field(10, description="steps between logged rows")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
+    sample_sheet: Annotated[int, Field(ge=0)] = Field(
+        6,
+        description="pairs of the last batch that are drawn, with the caption that the model gives, on a sheet among "
+        "the run's artefacts; 0: none, and no image leaves for the tracking server",
+    )
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that stay")
     keep_best: str | None = Field(
         None,

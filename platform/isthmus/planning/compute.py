@@ -223,7 +223,9 @@ def frozen_stack(stack: Stack, sequences: int, places: int) -> Flops:
     return Flops(once, once) + attention(rows * places, stack.inner) * stack.layers
 
 
-def frozen_language(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:
+def frozen_language(
+    language: Language, sequences: int, read: int, predicted: int, labels: float, *, recompute: bool = False
+) -> Flops:
     """A frozen language model behind a soft prompt, its output layer at label positions.
 
     Args:
@@ -231,7 +233,14 @@ def frozen_language(language: Language, sequences: int, read: int, predicted: in
         read: places that a decoder-only model or a T5's encoder reads, the soft prompt included.
         predicted: places of a T5's decoder; 0 for a decoder-only model.
         labels: K of all sequences.
+        recompute: gradient checkpointing, which makes all but the output layer once more.
     """
+    found = _frozen_once(language, sequences, read, predicted, labels)
+    head = linear(labels, language.decoder.width, language.vocab, weight=False)
+    return found + Flops(0.0, found.forward - head.forward) if recompute else found
+
+
+def _frozen_once(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:
     head = linear(labels, language.decoder.width, language.vocab, weight=False)
     if language.encoder is None:
         return frozen_stack(language.decoder, sequences, read) + head

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_best",
     "train.log_every",
+    "train.sample_sheet",
 )
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
 its content is compared by digest."""

@@ -61,11 +61,13 @@ class Job:
 
 
 class Out(Protocol):
-    """Where a worker's rows and events go; see :class:`isthmus.training.metrics.Spool`."""
+    """Where a worker's rows, events and small files go; see :class:`isthmus.training.metrics.Spool`."""
 
     def append(self, row: Mapping[str, Any]) -> None: ...
 
     def event(self, event: Mapping[str, Any]) -> None: ...
+
+    def artefact(self, name: str, data: bytes) -> None: ...
 
 
 class ActorOut:
@@ -79,3 +81,6 @@ class ActorOut:
 
     def event(self, event: Mapping[str, Any]) -> None:
         self.actor.event.remote(event)
+
+    def artefact(self, name: str, data: bytes) -> None:
+        self.actor.artefact.remote(name, data)

@@ -28,6 +28,7 @@ from isthmus.training.gradients import part_norms
 from isthmus.training.job import ActorOut, Out
 from isthmus.training.job import Job as Job
 from isthmus.training.optimizer import learning_rate
+from isthmus.training.samples import contact_sheet
 from isthmus.training.saving import Saving
 from isthmus.training.state import check_names, load_moments, load_parameters
 from isthmus.training.telemetry import Telemetry
@@ -112,6 +113,7 @@ class Worker:
         start = self._start()
         self.telemetry = Telemetry(self.comm, self.device)
         self.window = Window()
+        batch: Batch | None = None
         for step, (batch, waited_s) in enumerate(self._batches(start), start=start):
             if step == start:
                 self._note("stepping", step=start) if self.first else None
@@ -120,6 +122,8 @@ class Worker:
             if done % self.train_config.checkpoint_every == 0 or done == self.train_config.steps:
                 self.saving.begin(done)
         self._export()
+        if self.first and batch is not None and self.train_config.sample_sheet:
+            self._show_samples(batch)
 
     def _build(self) -> Stage:
         seed = self.train_config.seed
@@ -309,6 +313,20 @@ class Worker:
             facts = write_artefact(self.job, self.stage, state, self._elsewhere())
             self._note("exported", precision=self.precision, **facts)
         self.comm.barrier()
+
+    def _show_samples(self, batch: Batch) -> None:
+        """Rank 0's sheet of samples. The run is done and its model written: whatever goes wrong here is only noted."""
+        try:
+            sheet = contact_sheet(
+                self.stage, batch, self.train_config.sample_sheet,
+                data=self.run.data.train,
+                autocast=self.device.type if self.precision == "bf16" else None,
+                whole=self.run.zero.stage < 3,
+            )  # fmt: skip
+            for end, data in sheet.items():
+                self.out.artefact(f"samples/step-{self.train_config.steps:08d}.{end}", data)
+        except Exception as error:
+            self._note("unsampled", reason=f"{type(error).__name__}: {error}")
 
     def _elsewhere(self) -> tuple[Base, ...]:
         """The frozen encoder where it ran outside the workers."""
