@@ -47,7 +47,7 @@ class Kept:
 
 
 def recipe(root: str, name: str, zero: dict[str, object], **method: Any) -> RunConfig:
-    train = {"precision": "fp32", "steps": STEPS, "log_every": 1, "checkpoint_every": 10}
+    train = {"precision": "fp32", "steps": STEPS, "log_every": 1, "checkpoint_every": 6}
     return tiny.recipe(root, name.replace(" ", "-"), method=method, train=train, zero=zero)
 
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_goes_on_with_and_without_offload(made: Made) -> None:
         result = made.found[f"{before} to {after}"]
         assert result["fault"] is None
         [event] = [e for e in result["events"] if e["kind"] == "resumed"]
-        assert event["step"] == 10
+        assert event["step"] in (6, 12)
         assert_same(made.root, f"{before} to {after}", "2")
 
 

@@ -233,11 +233,17 @@ def frozen_language(
         read: places that a decoder-only model or a T5's encoder reads, the soft prompt included.
         predicted: places of a T5's decoder; 0 for a decoder-only model.
         labels: K of all sequences.
-        recompute: gradient checkpointing, which makes all but the output layer once more.
+        recompute: gradient checkpointing, which makes all but the output layer once more; of each layer not its last
+            product, since torch stops when it has what the backward pass reads, and frozen weights read no input.
     """
     found = _frozen_once(language, sequences, read, predicted, labels)
-    head = linear(labels, language.decoder.width, language.vocab, weight=False)
-    return found + Flops(0.0, found.forward - head.forward) if recompute else found
+    if not recompute:
+        return found
+    again = found.forward - linear(labels, language.decoder.width, language.vocab, weight=False).forward
+    for stack, places in ((language.decoder, predicted or read), (language.encoder, read)):
+        if stack is not None:
+            again -= 2.0 * sequences * places * stack.layers * stack.width * stack.feed_forward
+    return found + Flops(0.0, again)
 
 
 def _frozen_once(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:

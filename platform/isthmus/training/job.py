@@ -71,7 +71,8 @@ class Out(Protocol):
 
 
 class ActorOut:
-    """A spool in another process; nothing waits for it."""
+    """A spool in another process. Nothing waits for rows and events; a file is waited for, since it would be lost if
+    this process, which holds it, ended before it has arrived."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -83,4 +84,6 @@ class ActorOut:
         self.actor.event.remote(event)
 
     def artefact(self, name: str, data: bytes) -> None:
-        self.actor.artefact.remote(name, data)
+        import ray
+
+        ray.get(self.actor.artefact.remote(name, data), timeout=60.0)
