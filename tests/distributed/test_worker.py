@@ -174,10 +174,11 @@ def test_an_encoder_of_convolutions_may_run_in_the_workers(made) -> None:
 
 def test_a_sheet_shows_pairs_of_the_last_batch_and_the_model_s_own_captions(made) -> None:
     root, (first, second) = made
-    listed = {name: json.loads(first[name]["artefacts"]["samples/step-00000002.json"]) for name in (*PLACEMENTS, "cnn3")}
+    sheets = {name: first[name]["artefacts"] for name in (*PLACEMENTS, "cnn3")}
+    listed = {name: json.loads(sheet["samples/step-00000002.json"]) for name, sheet in sheets.items()}
     ids = {int(i) for i in Manifest.load(str(root / "data")).ids}
     for name, pairs in listed.items():
-        with Image.open(io.BytesIO(first[name]["artefacts"]["samples/step-00000002.png"])) as sheet:
+        with Image.open(io.BytesIO(sheets[name]["samples/step-00000002.png"])) as sheet:
             assert sheet.format == "PNG" and np.asarray(sheet)[:, :160].std() > 10, "there are images"
         assert 2 <= len(pairs) <= 6 and {pair["id"] for pair in pairs} <= ids
         captions = {pair["caption"] for pair in pairs}
