@@ -79,6 +79,9 @@ class Rows:
     def event(self, event: dict[str, Any]) -> None:
         """Not of interest here."""
 
+    def artefact(self, name: str, data: bytes) -> None:
+        """Not of interest here."""
+
 
 def frozen(module: torch.nn.Module) -> str:
     owned = owned_parameters(module)

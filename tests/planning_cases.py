@@ -91,13 +91,15 @@ def language_config(family: str, folder: Path) -> LanguageConfig:
     return tiny_t5(folder / family) if family == "t5" else tiny_lm(folder / family, family)  # type: ignore[arg-type]
 
 
-def stage2(family: str, folder: Path, config: QFormerConfig, *, bf16: bool = False, images: int = 8) -> Case:
+def stage2(
+    family: str, folder: Path, config: QFormerConfig, *, bf16: bool = False, images: int = 8, recompute: bool = False
+) -> Case:
     """Stage 2 through a tiny language model."""
     torch.manual_seed(0)
     tokens, width = 19, 48
-    language = build_language(language_config(family, folder), bf16=bf16)
+    language = build_language(language_config(family, folder), bf16=bf16, recompute=recompute)
     method = Blip2Stage2Config(vision=VisionConfig(), qformer=config, language=language.config)
-    module = Blip2Stage2(method, None, width, language, LocalComm()).train()
+    module = Blip2Stage2(method, None, width, language, LocalComm(), recompute=recompute).train()
     texts = ["a red cat on the grass with a house", "blue fish"] * (images // 2)
     prefixes = ["a photo of the", "a photo"] * (images // 2) if language.splits else None
     turn = torch.arange(images)

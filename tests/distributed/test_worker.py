@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tiny_method as tiny
@@ -32,12 +35,16 @@ STILL = {"steps": 3, "global_batch": 8, "lr": 1e-2, "frozen": ("hidden.*",)}
 class Kept:
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    artefacts: dict[str, bytes] = field(default_factory=dict)
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
     def event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+
+    def artefact(self, name: str, data: bytes) -> None:
+        self.artefacts[name] = data
 
 
 def recipe(root: str, name: str, *, stage: int = 2, workers: int = 2, **method: Any) -> RunConfig:
@@ -66,7 +73,8 @@ def run_one(config: RunConfig) -> dict[str, Any]:
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     frozen = tiny.frozen_state(worker.stage.module) if config.zero.stage < 3 else {}
-    return {"rows": out.rows, "events": out.events, "fault": fault, "frozen": frozen}
+    kept = {"rows": out.rows, "events": out.events, "artefacts": out.artefacts}
+    return {**kept, "fault": fault, "frozen": frozen}
 
 
 def scenarios(root: str) -> dict[str, Any]:
@@ -162,6 +170,23 @@ def test_an_encoder_of_convolutions_may_run_in_the_workers(made) -> None:
     assert (first["cnn2"]["fault"], first["cnn3"]["fault"]) == (None, None)
     assert sorted(losses(first["cnn2"])) == [1, 2]
     torch.testing.assert_close(losses(first["cnn3"]), losses(first["cnn2"]), rtol=0, atol=2e-5)
+
+
+def test_a_sheet_shows_pairs_of_the_last_batch_and_the_model_s_own_captions(made) -> None:
+    root, (first, second) = made
+    sheets = {name: first[name]["artefacts"] for name in (*PLACEMENTS, "cnn3")}
+    listed = {name: json.loads(sheet["samples/step-00000002.json"]) for name, sheet in sheets.items()}
+    ids = {int(i) for i in Manifest.load(str(root / "data")).ids}
+    for name, pairs in listed.items():
+        with Image.open(io.BytesIO(sheets[name]["samples/step-00000002.png"])) as sheet:
+            assert sheet.format == "PNG" and np.asarray(sheet)[:, :160].std() > 10, "there are images"
+        assert 2 <= len(pairs) <= 6 and {pair["id"] for pair in pairs} <= ids
+        captions = {pair["caption"] for pair in pairs}
+        assert all(captions), name
+        assert {how for pair in pairs for how in pair["own"]} == (set() if name == "cnn3" else {"matched"}), name
+    assert listed["inline"] == listed["streamed"] == listed["cached"]
+    assert second["inline"]["artefacts"] == {}, "one rank draws"
+    assert [e for name in first for e in first[name]["events"] if e["kind"] == "unsampled"] == []
 
 
 def test_where_the_features_are_computed_does_not_matter(made) -> None:
@@ -279,6 +304,8 @@ def test_rows_say_what_a_reader_needs(made) -> None:
     assert row["step"] == STEPS
     assert row["metrics"].keys() >= {
         "loss", "loss_fit", "temperature", "lr", "grad_norm", "images_per_s", "tokens_per_s", "data_wait_share",
+        "step_s", "tokens_per_step", "samples_seen", "clipped_share", "grad_norm/hidden", "grad_norm/frozen",
+        "memory/host_gib", "system/cpu_utilization_percentage", "system/system_memory_usage_megabytes",
     }  # fmt: skip
     assert second["zero2"]["rows"] == [], "one rank writes"
     [event] = [e for e in first["zero2"]["events"] if e["kind"] == "references"]

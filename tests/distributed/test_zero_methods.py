@@ -33,6 +33,9 @@ class Silent:
     def event(self, event: dict[str, Any]) -> None:
         pass
 
+    def artefact(self, name: str, data: bytes) -> None:
+        pass
+
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
     dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
@@ -127,6 +130,19 @@ def test_zero_stages_give_one_trajectory(method: str, made: Made) -> None:
             if name.endswith("key.bias"):  # softmax cannot see it: its gradient is rounding, which Adam scales up
                 continue
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_norms_by_part_make_up_the_global_norm(method: str, made: Made) -> None:
+    plain = {row["step"]: row["metrics"] for row in made.ranks[0][f"{method}-0"]["rows"]}
+    for stage in made.stages:
+        for row in made.ranks[0][f"{method}-{stage}"]["rows"]:
+            norms = {k: v for k, v in row["metrics"].items() if k.startswith("grad_norm/")}
+            assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(row["metrics"]["grad_norm"])
+            assert norms == pytest.approx({k: plain[row["step"]][k] for k in norms}, rel=1e-3, abs=1e-6), stage
+            assert norms["grad_norm/frozen"] == 0.0
+    named = {"blip2_stage1": "qformer.cross", "blip2_stage2": "projection", "projector": "image_projector.tokens"}
+    assert plain[1][f"grad_norm/{named[method]}"] > 0
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from isthmus.data.manifest import index
 from isthmus.errors import ConfigError, IsthmusError
 from isthmus.methods import METHODS
 from isthmus.registry import show_model
+from isthmus.registry.store import client
 from isthmus.testing.shards import make_dataset
 from isthmus.training.driver import fit
 from isthmus.training.metrics import read_rows
@@ -59,6 +61,14 @@ def test_a_run_ends_as_a_registered_model_with_all_that_tells_its_origin(root: s
     assert shown["params"]["reference.loss_fit.chance"] == "0.33"
     assert shown["metrics"]["loss"] == losses(root, "calm")[9]
     assert sorted(losses(root, "calm")) == [1, 3, 6, 9]
+    assert {"grad_norm/hidden", "memory/host_gib", "system/cpu_utilization_percentage"} <= shown["metrics"].keys()
+
+
+def test_a_sheet_of_samples_is_among_the_run_s_artefacts(root: str, calm: ModelVersion) -> None:
+    stored = json.loads((Path(root) / "runs" / "calm" / "mlflow-run.json").read_text())
+    listed = client(stored["uri"]).list_artifacts(stored["run_id"], "samples")
+    assert [file.path for file in listed] == [f"samples/step-00000009.{end}" for end in ("json", "png")]
+    assert all(file.file_size > 100 for file in listed)
 
 
 def test_a_finished_run_returns_at_once_and_under_a_new_alias(root: str, calm: ModelVersion) -> None:

@@ -169,11 +169,18 @@ class TrainConfig(Config):
         "batch, contrast included, at the cost of a second forward pass. Not given: all rows",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute the Q-Former's activations in the backward pass: less memory, more time"
+        False,
+        description="recompute the activations of the Q-Former and of a frozen language model in the backward pass, "
+        "layer by layer: less memory, more time",
     )
     seed: int = 0
     log_every: Positive = Field(10, description="steps between logged rows")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
+    sample_sheet: Annotated[int, Field(ge=0)] = Field(
+        6,
+        description="pairs of the last batch that are drawn, with the caption that the model gives, on a sheet among "
+        "the run's artefacts; 0: none, and no image leaves for the tracking server",
+    )
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that stay")
     keep_best: str | None = Field(
         None,
@@ -230,6 +237,30 @@ class ZeroConfig(Config):
     """DeepSpeed ZeRO."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: the master copy of the trained parameters, AdamW's moments and its step are in the host's "
+        "memory and on its processors; with stage 1, 2 or 3",
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: each worker's share of all parameters, frozen ones included, is in the host's memory and is "
+        "copied to the accelerator when it is used; with stage 3",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> ZeroConfig:
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError(
+                "zero.offload_optimizer 'cpu' needs zero.stage 1, 2 or 3: stage 0 is plain data parallelism, whose "
+                "optimizer steps on the parameters where they are"
+            )
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(
+                f"zero.offload_parameters 'cpu' needs zero.stage 3: under stage {self.stage} every worker computes "
+                "with whole parameters, which have to stay on its device"
+            )
+        return self
 
 
 class TrackingConfig(Config):

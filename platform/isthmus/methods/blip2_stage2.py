@@ -294,7 +294,7 @@ def build(config: Blip2Stage2Config, context: BuildContext) -> Stage:
     assert config.vision is not None and config.qformer is not None
     spec = describe_vision(config.vision)
     vision = build_vision(config.vision) if context.with_vision else None
-    language = build_language(config.language, bf16=context.bf16)
+    language = build_language(config.language, bf16=context.bf16, recompute=context.gradient_checkpointing)
     with seeded(context.seed):
         module = Blip2Stage2(
             config,

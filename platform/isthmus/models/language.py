@@ -9,6 +9,7 @@ positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,14 @@ from isthmus.config.schema import LanguageConfig
 from isthmus.contracts import Batch
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum, length_groups, total_loss
+from isthmus.models.recompute import recompute_layers
 from isthmus.models.seq2seq import Seq2SeqLanguageModel, load_t5
 from isthmus.models.text import load_config, load_pretrained, load_tokenizer
 
 ensure_torchvision()
 from transformers import AutoModelForCausalLM  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 PROBE = 6
 """Tokens that a model is tried with when it is loaded."""
@@ -183,10 +187,13 @@ class LanguageModel(FrozenLanguage):
         return [*(whole[len(head) :] if fits else self._plain_ids(text)), self.end_id]
 
 
-def build_language(config: LanguageConfig, *, bf16: bool = False) -> FrozenLanguage:
+def build_language(config: LanguageConfig, *, bf16: bool = False, recompute: bool = False) -> FrozenLanguage:
     """The frozen language model that ``config`` names, held in float32, or in bfloat16 to train a prompt for it.
 
     Its own configuration says whether it is decoder-only or a T5. The digest is that of the float32 weights either way.
+
+    Args:
+        recompute: gradient checkpointing, layer by layer; see :func:`isthmus.models.recompute.recompute_layers`.
 
     Raises:
         ConfigError, WeightsError: as :func:`isthmus.models.weights.resolve`; or no language model of these kinds there;
@@ -204,6 +211,12 @@ def build_language(config: LanguageConfig, *, bf16: bool = False) -> FrozenLangu
         if not torch.cuda.is_available():
             # torch's fused attention in bf16 takes CPUs many times longer
             language.model.set_attn_implementation("eager")
+    if recompute and not recompute_layers(language.model):
+        log.warning(
+            "train.gradient_checkpointing leaves %s as it is: transformers marks none of the layers of a %s.",
+            config.weights,
+            type(language.model).__name__,
+        )
     return language
 
 

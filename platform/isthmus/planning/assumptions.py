@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from isthmus.planning import memory
 from isthmus.planning.hardware import CPU
+from isthmus.planning.offload import HOST_BANDWIDTH, HOST_LINK
 
 if TYPE_CHECKING:
     from isthmus.planning.plan import Wishes
@@ -78,13 +79,26 @@ def assumptions(subject: Subject, wishes: Wishes, precision: str) -> tuple[Assum
         ),
         Assumption(
             "activations",
-            "kept whole" if not run.train.gradient_checkpointing else "the Q-Former's are recomputed",
+            "kept whole"
+            if not run.train.gradient_checkpointing
+            else "the Q-Former's are recomputed"
+            if subject.language is None
+            else "the Q-Former's and the language model's are recomputed",
             "train.gradient_checkpointing; the formulas are tested on processors, not on accelerators",
         ),
     ]
     if subject.language is not None:
         found.append(
             Assumption("language model", f"{subject.language.parameters:,} parameters", subject.language.source)
+        )
+    if not cpu and "cpu" in (run.zero.offload_optimizer, run.zero.offload_parameters):
+        found.append(
+            Assumption(
+                "offloading",
+                f"{HOST_LINK / 1e9:g} GB/s between host and accelerator; {HOST_BANDWIDTH / 1e9:g} GB/s of a node's "
+                "memory, which its workers share",
+                "assumed; AdamW's step on the host and copies are counted as not hidden",
+            )
         )
     if wishes.workers > 1:
         found += _network(wishes, cpu)
@@ -110,8 +124,8 @@ def _network(wishes: Wishes, cpu: bool) -> list[Assumption]:
         found.append(
             Assumption(
                 "gradient buckets",
-                f"{memory.BUCKET:,} elements, two under ZeRO 1 and 2",
-                "DeepSpeed's reduce_bucket_size, which recipes leave at its default; allocated whole",
+                f"as many elements as are trained, {memory.BUCKET:,} at most; two under ZeRO 1 and 2",
+                "reduce_bucket_size in training/zero.py; allocated whole",
             )
         )
     return found

@@ -223,7 +223,9 @@ def frozen_stack(stack: Stack, sequences: int, places: int) -> Flops:
     return Flops(once, once) + attention(rows * places, stack.inner) * stack.layers
 
 
-def frozen_language(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:
+def frozen_language(
+    language: Language, sequences: int, read: int, predicted: int, labels: float, *, recompute: bool = False
+) -> Flops:
     """A frozen language model behind a soft prompt, its output layer at label positions.
 
     Args:
@@ -231,7 +233,20 @@ def frozen_language(language: Language, sequences: int, read: int, predicted: in
         read: places that a decoder-only model or a T5's encoder reads, the soft prompt included.
         predicted: places of a T5's decoder; 0 for a decoder-only model.
         labels: K of all sequences.
+        recompute: gradient checkpointing, which makes all but the output layer once more; of each layer not its last
+            product, since torch stops when it has what the backward pass reads, and frozen weights read no input.
     """
+    found = _frozen_once(language, sequences, read, predicted, labels)
+    if not recompute:
+        return found
+    again = found.forward - linear(labels, language.decoder.width, language.vocab, weight=False).forward
+    for stack, places in ((language.decoder, predicted or read), (language.encoder, read)):
+        if stack is not None:
+            again -= 2.0 * sequences * places * stack.layers * stack.width * stack.feed_forward
+    return found + Flops(0.0, again)
+
+
+def _frozen_once(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:
     head = linear(labels, language.decoder.width, language.vocab, weight=False)
     if language.encoder is None:
         return frozen_stack(language.decoder, sequences, read) + head

@@ -48,11 +48,16 @@ def rows_of(config: LanguageConfig, language: Language, queries: int, texts: Tex
     return Rows(queries + prompt + texts.longest - 1, texts.longest, (words + 1) / 2 + 1)
 
 
-def bytes_kept(keeping: Keeping, language: Language, sequences: int, rows: Rows) -> float:
-    """What the language model's forward pass keeps, its output layer included."""
+def bytes_kept(keeping: Keeping, language: Language, sequences: int, rows: Rows, *, recompute: bool = False) -> float:
+    """What the language model's forward pass keeps, its output layer included.
+
+    With gradient checkpointing these are the layers' inputs, and one layer as it is recomputed.
+    """
     decoder, e = language.decoder, keeping.product
     head = e * sequences * rows.labels * decoder.width  # the gradient of the hidden states, made in the forward pass
     last = _norm(keeping, language.norm, decoder.width)
+    if recompute:
+        return _inputs_kept(keeping, language, sequences, rows) + head + sequences * (rows.read + rows.predicted) * last
     if language.encoder is None:
         return stack_kept(keeping, language, decoder, sequences, rows.read, 0) + head + sequences * rows.read * last
     encoder = stack_kept(keeping, language, language.encoder, sequences, rows.read, 0)
@@ -62,6 +67,20 @@ def bytes_kept(keeping: Keeping, language: Language, sequences: int, rows: Rows)
     inside -= sequences * rows.predicted * _norm(keeping, language.norm, decoder.width)
     inside -= _attention(keeping, language, one, sequences, rows.predicted, rows.predicted)
     return encoder + inside + head + sequences * (rows.read + rows.predicted) * last
+
+
+def _inputs_kept(keeping: Keeping, language: Language, sequences: int, rows: Rows) -> float:
+    """Inputs of all layers, and what the largest of them keeps while the backward pass is in it."""
+    decoder, e = language.decoder, keeping.product
+    stacks = [(decoder, rows.read, 0)]
+    if language.encoder is not None:
+        stacks = [(language.encoder, rows.read, 0), (decoder, rows.predicted, rows.read)]
+    inputs = sum(e * sequences * places * stack.layers * stack.width for stack, places, _ in stacks)
+    one = (
+        stack_kept(keeping, language, stack, sequences, places, crossed) / stack.layers
+        for stack, places, crossed in stacks
+    )
+    return inputs + max(one)
 
 
 def stack_kept(keeping: Keeping, language: Language, stack: Stack, sequences: int, places: int, crossed: int) -> float:

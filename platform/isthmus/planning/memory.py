@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isthmus.planning.activations import FP32, Keeping
+from isthmus.planning.offload import moved
 from isthmus.planning.subject import Subject
 
 STAGES = (0, 1, 2, 3)
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient buckets and of its fallback's all-reduce (reduce_bucket_size, its default)."""
+"""Elements of DeepSpeed's gradient buckets at most; of a smaller model as many as it trains (training/zero.py)."""
 LIVE = 1_000_000_000
 """Elements of parameters that ZeRO 3 keeps gathered at most (stage3_max_live_parameters, its default)."""
 CONTEXT = 1.5 * 2**30
@@ -45,11 +46,17 @@ def frozen_bytes(subject: Subject, keeping: Keeping) -> Frozen:
 
 
 def memory(subject: Subject, stage: int, images: int, workers: int, keeping: Keeping) -> dict[str, float]:
-    """Bytes by part on one worker at the step's peak, which is the end of the forward pass.
+    """Bytes by part on one worker's device at the step's peak, which is the end of the forward pass.
 
     Args:
         stage: of ZeRO. images: of one worker.
     """
+    parts = whole_memory(subject, stage, images, workers, keeping)
+    return parts | dict.fromkeys(moved(subject, stage, workers, keeping, parts), 0.0)
+
+
+def whole_memory(subject: Subject, stage: int, images: int, workers: int, keeping: Keeping) -> dict[str, float]:
+    """The same as if nothing were offloaded."""
     frozen, trained = frozen_bytes(subject, keeping), float(FP32 * subject.trained)
     share = [1 / workers if stage >= at else 1.0 for at in STAGES]
     kept = sum(subject.kept(images, workers, keeping).values())
@@ -72,12 +79,9 @@ def memory(subject: Subject, stage: int, images: int, workers: int, keeping: Kee
 
 
 def _buckets(subject: Subject, stage: int, keeping: Keeping) -> float:
-    """Under ZeRO 1 and 2 two buckets, since reduction overlaps the backward pass on accelerators; one under ZeRO 3.
-    They are allocated whole, however few the trained parameters; on a processor only what is written is resident."""
-    used = min(subject.trained, BUCKET)
-    if stage == 0 or not keeping.cuda:
-        return float(FP32 * used)
-    return float(FP32 * BUCKET * (2 if stage < 3 else 1))
+    """Under ZeRO 1 and 2 two buckets, since reduction overlaps the backward pass on accelerators; one under ZeRO 3."""
+    used = float(FP32 * min(subject.trained, BUCKET))
+    return 2 * used if keeping.cuda and stage in (1, 2) else used
 
 
 def _gathered(subject: Subject, frozen: Frozen, trained: float, workers: int) -> float:

@@ -8,14 +8,12 @@ from typing import Any
 
 from isthmus.errors import ConfigError
 from isthmus.planning import memory as sizes
-from isthmus.planning.activations import FP32, Keeping
+from isthmus.planning.activations import Keeping
 from isthmus.planning.assumptions import Assumption, assumptions, sample_bytes
 from isthmus.planning.communication import exposed_seconds, traffic
 from isthmus.planning.hardware import CPU, Gpu
+from isthmus.planning.offload import ADAMW_BYTES, fetching_seconds, host_seconds, moved, optimizer_offloaded
 from isthmus.planning.subject import Subject
-
-ADAMW_BYTES = 7 * FP32
-"""For each parameter the fused step reads it, its gradient and two moments, and writes all but the gradient."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,13 @@ class Stage:
     """One ZeRO stage: bytes by part, their sum, and what would fit at most.
 
     Attributes:
+        memory: on the device. host: bytes that offloading puts into the host's memory for a worker, by part.
         largest_global_batch: 0 where not even one image a worker fits.
         communication_bytes: that a worker sends in a step. step_seconds: with that communication.
     """
 
     memory: dict[str, float]
+    host: dict[str, float]
     total: float
     fits: bool
     largest_global_batch: int
@@ -128,7 +128,7 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
     compute = sum(part.total for part in flops.values()) / rate
     stages = {stage: _stage(subject, wishes, keeping, stage, images, compute, backward) for stage in sizes.STAGES}
     step_seconds = stages[run.zero.stage].step_seconds
-    optimizer = _optimizer_seconds(subject, wishes, run.zero.stage)
+    optimizer = _optimizer_seconds(subject, wishes, keeping, run.zero.stage)
     total = sum(part.total for part in flops.values())
     step = {
         "seconds": step_seconds,
@@ -161,17 +161,21 @@ def _stage(
 ) -> Stage:
     gpu, workers = wishes.gpu, wishes.workers
     room = gpu.memory if keeping.cuda else gpu.memory / wishes.gpus_per_node  # workers of one machine share its memory
-    parts = sizes.memory(subject, stage, images, workers, keeping)
+    whole = sizes.whole_memory(subject, stage, images, workers, keeping)
+    parts, host = sizes.memory(subject, stage, images, workers, keeping), moved(subject, stage, workers, keeping, whole)
     total = sum(parts.values())
-    moved = traffic(subject, stage, images, workers, keeping)
+    sent = traffic(subject, stage, images, workers, keeping)
     bandwidth = (gpu.link if wishes.nodes == 1 else min(gpu.link, gpu.network)) * wishes.network_efficiency
-    seen = exposed_seconds(moved, bandwidth, backward=backward, overlap=keeping.cuda, stage=stage)
-    seconds = compute + _optimizer_seconds(subject, wishes, stage) + seen
+    seen = exposed_seconds(sent, bandwidth, backward=backward, overlap=keeping.cuda, stage=stage)
+    seen += fetching_seconds(subject, stage, keeping, whole)
+    seconds = compute + _optimizer_seconds(subject, wishes, keeping, stage) + seen
     largest = sizes.largest_images(subject, stage, workers, keeping, room)
-    return Stage(parts, total, total <= room, largest * workers, moved.total, seconds)
+    return Stage(parts, host, total, total <= room, largest * workers, sent.total, seconds)
 
 
-def _optimizer_seconds(subject: Subject, wishes: Wishes, stage: int) -> float:
+def _optimizer_seconds(subject: Subject, wishes: Wishes, keeping: Keeping, stage: int) -> float:
+    if optimizer_offloaded(subject, stage, keeping):
+        return host_seconds(subject, stage, wishes.workers, wishes.gpus_per_node, keeping)
     mine = subject.trained / (wishes.workers if stage else 1)
     return ADAMW_BYTES * mine / wishes.gpu.bandwidth
 

@@ -58,6 +58,8 @@ def _memory(plan: Plan) -> Table:
     names = [name for name in plan.chosen.memory if any(stage.memory[name] for stage in stages)]
     rows = [[name, *(_gib(stage.memory[name]) for stage in stages)] for name in names]
     rows.append(["all", *(_gib(stage.total) for stage in stages)])
+    if any(stage.host for stage in stages):
+        rows.append(["in the host's memory", *(_gib(sum(stage.host.values())) for stage in stages)])
     rows.append(["fits", *("yes" if stage.fits else "no" for stage in stages)])
     rows.append(["largest global batch", *(f"{stage.largest_global_batch:,}" for stage in stages)])
     rows.append(["sent per step, GiB", *(_gib(stage.communication_bytes) for stage in stages)])

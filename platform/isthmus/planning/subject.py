@@ -86,7 +86,7 @@ class Subject:
         found |= compute.stage2_parts(self.qformer, local, self.language, recompute=recompute)
         rows = self.language_rows()
         found["language model"] = compute.frozen_language(
-            self.language, images, rows.read, rows.predicted, images * rows.labels
+            self.language, images, rows.read, rows.predicted, images * rows.labels, recompute=recompute
         )
         return found
 
@@ -111,7 +111,7 @@ class Subject:
             ),
             "image pass": activations.qformer_pass(keeping, q, local, rows, recompute=recompute),
             "projection": keeping.inputs(rows.query_rows, 1) * q.width,
-            "language model": bytes_kept(keeping, self.language, images, self.language_rows()),
+            "language model": bytes_kept(keeping, self.language, images, self.language_rows(), recompute=recompute),
             **copies,
         }
 

@@ -29,11 +29,18 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_best",
     "train.log_every",
+    "train.sample_sheet",
 )
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
 its content is compared by digest."""
 
-ROUNDING = ("train.gradient_checkpointing", "train.micro_batch", "zero.stage")
+ROUNDING = (
+    "train.gradient_checkpointing",
+    "train.micro_batch",
+    "zero.offload_optimizer",
+    "zero.offload_parameters",
+    "zero.stage",
+)
 """Fields that decide how the same sums are made: a run may go on with others."""
 
 MAY_GROW = "train.steps"
@@ -44,6 +51,8 @@ CAME_LATER = {
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
     "train.micro_batch": None,
+    "zero.offload_optimizer": "none",
+    "zero.offload_parameters": "none",
 }
 """Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
 not count in a run's digest, so that a run which had finished before still has."""

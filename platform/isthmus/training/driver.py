@@ -20,7 +20,7 @@ from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
 from isthmus.training import preflight
 from isthmus.training.interrupt import interruptible
-from isthmus.training.metrics import Shipper, Spool, mlflow_sender
+from isthmus.training.metrics import Shipper, Spool, mlflow_file_sender, mlflow_sender
 from isthmus.training.preflight import Plan
 from isthmus.training.tracked import Tracked
 from isthmus.training.watch import Watch
@@ -67,7 +67,8 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
     spool = actor.options(num_cpus=0, scheduling_strategy=here).remote(str(local / "metrics.jsonl"))
     parent = plan.parent.path if plan.parent else None
     job = Job(plan.run, plan.spec, plan.samples, parent, plan.lineage, spool, plan.cached)
-    shipper = Shipper(local / "metrics.jsonl", local / "metrics.sent", mlflow_sender(tracked.run))
+    senders = mlflow_sender(tracked.run), mlflow_file_sender(tracked.run)
+    shipper = Shipper(local / "metrics.jsonl", local / "metrics.sent", *senders)
     watch = Watch(plan.run, spool, quarantine=local / "quarantine.jsonl", shown=progress)
     shipper.start()
     status = "FAILED"

@@ -2,7 +2,8 @@
 
 Training only ever appends a row to an actor. The file is the record; MLflow is fed from it by a thread that may fall
 behind, fail and try again without training noticing. Rows are sent with the time at which they were measured, so one
-that is sent twice is the same row to MLflow.
+that is sent twice is the same row to MLflow. Small files, as a sheet of samples, go the same way: into a folder beside
+the rows, and from there to the run's artefacts.
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ class Spool:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def artefact(self, name: str, data: bytes) -> None:
+        """A file among the run's artefacts; ``name`` may have folders. One that is already there stays as it is."""
+        target = artefacts_of(self.path) / name
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(target)
+
     def event(self, event: Mapping[str, Any]) -> None:
         """Something for the driver's screen or its result, in memory only."""
         self._events.append(dict(event))
@@ -66,6 +77,11 @@ class Spool:
 
     def failure(self) -> IsthmusError | None:
         return self._fatal
+
+
+def artefacts_of(spool: Path) -> Path:
+    """The folder of a spool's files."""
+    return spool.parent / "artefacts"
 
 
 def read_rows(path: Path, offset: int = 0) -> list[dict[str, Any]]:
@@ -92,20 +108,28 @@ def _drop_torn_tail(path: Path) -> None:
 
 
 class Shipper(threading.Thread):
-    """Sends a spool file's rows to MLflow in the background.
+    """Sends a spool's rows and files to MLflow in the background.
 
     Args:
         spool: the file.
         state: a small file that remembers how far it was sent, for the next process under the same run name.
         send: ``(rows)``; sends them or raises. See :func:`mlflow_sender`.
+        send_file: ``(file, folder among the run's artefacts)``, likewise; None leaves the files where they are.
         every_s: pause between two looks at the file.
     """
 
     def __init__(
-        self, spool: Path, state: Path, send: Callable[[list[dict[str, Any]]], None], *, every_s: float = 2.0
+        self,
+        spool: Path,
+        state: Path,
+        send: Callable[[list[dict[str, Any]]], None],
+        send_file: Callable[[Path, str], None] | None = None,
+        *,
+        every_s: float = 2.0,
     ) -> None:
         super().__init__(name="isthmus-metrics", daemon=True)
-        self.spool, self.state, self.send, self.every_s = spool, state, send, every_s
+        self.spool, self.state, self.every_s = spool, state, every_s
+        self.send, self.send_file = send, send_file
         self.problem = ""
         self._offset = int(state.read_text()) if state.exists() else 0
         self._over = threading.Event()
@@ -133,20 +157,37 @@ class Shipper(threading.Thread):
         return len(read_rows(self.spool, self._offset))
 
     def _step(self) -> bool:
-        """Send everything that the file holds by now; whether that worked."""
-        rows, offset = _read(self.spool, self._offset)
-        if not rows:
-            return True
+        """Send everything that is there by now; whether that worked."""
         try:
-            self.send(rows)
+            self._send_rows()
+            self._send_files()
         except Exception as error:  # a tracking server's faults must not end a training run
             self.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return False
+        return True
+
+    def _send_files(self) -> None:
+        """Each file once: what was sent is remembered in a list beside the state."""
+        folder, listed = artefacts_of(self.spool), self.state.with_suffix(".files")
+        if self.send_file is None or not folder.is_dir():
+            return
+        known = set(listed.read_text().splitlines()) if listed.exists() else set()
+        for file in sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".")):
+            name = file.relative_to(folder)
+            if str(name) not in known:
+                self.send_file(file, name.parent.as_posix())
+                with listed.open("a", encoding="utf-8") as record:
+                    record.write(f"{name}\n")
+
+    def _send_rows(self) -> None:
+        rows, offset = _read(self.spool, self._offset)
+        if not rows:
+            return
+        self.send(rows)
         self._offset = offset
         temporary = self.state.with_suffix(".tmp")
         temporary.write_text(str(offset))
         temporary.replace(self.state)
-        return True
 
 
 def mlflow_sender(run: Callable[[], tuple[str, str]]) -> Callable[[list[dict[str, Any]]], None]:
@@ -170,5 +211,17 @@ def mlflow_sender(run: Callable[[], tuple[str, str]]) -> Callable[[list[dict[str
         ]
         for start in range(0, len(metrics), _BATCH):
             api.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+
+    return send
+
+
+def mlflow_file_sender(run: Callable[[], tuple[str, str]]) -> Callable[[Path, str], None]:
+    """A ``send_file`` for :class:`Shipper`; ``run`` as in :func:`mlflow_sender`."""
+
+    def send(file: Path, folder: str) -> None:
+        from isthmus.registry.store import log_artifacts
+
+        uri, run_id = run()
+        log_artifacts(uri, run_id, file, None if folder == "." else folder)
 
     return send

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import re
 import socket
-import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from isthmus import storage
-from isthmus.config import RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
 from isthmus.data.parallel import store_environment
 from isthmus.data.quarantine import check_cut
 from isthmus.data.streamed import Encoding, encoder_base
-from isthmus.errors import ConfigError, IsthmusError, StorageError, nearest
 from isthmus.methods.artefact import check_bases, read_bases
 from isthmus.models.freezing import freeze, verdict_table
-from isthmus.models.partition import whole_shape
 from isthmus.registry.manifest import run_identity
 from isthmus.training import checkpoint
 from isthmus.training.comm import TorchComm
+from isthmus.training.export import write_artefact
+from isthmus.training.faults import TrainingError as TrainingError
+from isthmus.training.faults import as_fatal
+from isthmus.training.gradients import part_norms
+from isthmus.training.job import ActorOut, Out
+from isthmus.training.job import Job as Job
 from isthmus.training.optimizer import learning_rate
+from isthmus.training.samples import contact_sheet
+from isthmus.training.saving import Saving
 from isthmus.training.state import check_names, load_moments, load_parameters
+from isthmus.training.telemetry import Telemetry
+from isthmus.training.window import Window
 from isthmus.training.zero import (
     build_engine,
     gather_owned,
@@ -40,48 +41,6 @@ from isthmus.training.zero import (
     set_learning_rate,
     trained_norm,
 )
-
-_MOST_UNWRITTEN = 3
-"""Checkpoints in a row that could not be written and that a run bears."""
-
-_PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store|cuda error", re.IGNORECASE)
-"""What torch, gloo and NCCL write into the plain RuntimeError by which one hears of a dead peer or a lost device."""
-
-
-class TrainingError(IsthmusError):
-    """Training that cannot go on: a loss that is no number, memory that does not suffice, a fault in a method."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker is told.
-
-    Attributes:
-        run: the resolved recipe.
-        spec: the method's entry of METHODS. It travels with the job, so a method that the driver registered in its own
-            script is known here too.
-        samples: rows of the manifest.
-        parent: local folder of the model that the run starts from, or None.
-        lineage: data, parent and code, for the artefact.
-        spool: handle of the :class:`isthmus.training.metrics.Spool` actor.
-        cached: the frozen encoder behind a feature cache, which the workers' stage does not know.
-    """
-
-    run: RunConfig
-    spec: Any
-    samples: int
-    parent: str | None
-    lineage: Mapping[str, Any]
-    spool: Any
-    cached: tuple[Base, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        return storage.join(self.run.storage, self.run.name)
-
-    @property
-    def checkpoints(self) -> str:
-        return storage.join(self.folder, "checkpoints")
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -100,9 +59,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             _use_cores(ray.train.get_context().get_local_world_size())
-        Worker(job, device, _ActorOut(job.spool)).train()
+        Worker(job, device, ActorOut(job.spool)).train()
     except Exception as error:
-        fatal = _as_fatal(error)
+        fatal = as_fatal(error)
         if fatal is None:
             raise
         ray.get(job.spool.fail.remote(fatal, ray.train.get_context().get_world_rank()))
@@ -123,70 +82,6 @@ def _all_failed(job: Job, world: int, patience_s: float = 5.0) -> bool:
     return False
 
 
-def _as_fatal(error: Exception) -> IsthmusError | None:
-    if isinstance(error, IsthmusError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return TrainingError(
-            f"A worker ran out of device memory: {str(error).splitlines()[0]}", "Lower train.global_batch."
-        )
-    if _is_transient(error):
-        return None
-    trace = "".join(traceback.format_exception(error))
-    return TrainingError(f"A worker failed with {type(error).__name__}: {error}\n{trace}")
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether it may be a dead or unreachable peer, so that a restart of the group may mend it. Anything else is a
-    fault that the restart would meet again."""
-    if isinstance(error, (OSError, TimeoutError, torch.distributed.DistError)):
-        return True
-    return isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last logged row."""
-
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    images: int = 0
-    tokens: int = 0
-    waited_s: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Take in one step's values; a loss part that is not computed in every step is averaged over those it is in."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-
-class Out(Protocol):
-    """Where a worker's rows and events go; see :class:`isthmus.training.metrics.Spool`."""
-
-    def append(self, row: Mapping[str, Any]) -> None: ...
-
-    def event(self, event: Mapping[str, Any]) -> None: ...
-
-
-class _ActorOut:
-    """A spool in another process; nothing waits for it."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        self.actor.append.remote(row)
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        self.actor.event.remote(event)
-
-
 class Worker:
     """One rank of a run. Needs an initialised process group, and no Ray.
 
@@ -202,10 +97,7 @@ class Worker:
         self.failed = self.cut = self.seen = self.retried = 0
         self.first = self.comm.rank == 0
         self.encoder: Base | None = None
-        self.pending: checkpoint.Pending | None = None
         self.all_written = True
-        self.unwritten = 0
-        self.watched: list[float] = []
         self._note("start", pid=os.getpid(), rank=self.comm.rank, host=socket.gethostname())
 
     def train(self) -> None:
@@ -219,15 +111,19 @@ class Worker:
             known = self.stage.references(self.train_config.global_batch)
             self._note("references", references={f"loss_{k}": asdict(v) for k, v in known.items()})
         start = self._start()
-        self.window = _Window()
+        self.telemetry = Telemetry(self.comm, self.device)
+        self.window = Window()
+        batch: Batch | None = None
         for step, (batch, waited_s) in enumerate(self._batches(start), start=start):
             if step == start:
                 self._note("stepping", step=start) if self.first else None
             self._step(step, batch, waited_s)
             done = step + 1
             if done % self.train_config.checkpoint_every == 0 or done == self.train_config.steps:
-                self._checkpoint(done)
+                self.saving.begin(done)
         self._export()
+        if self.first and batch is not None and self.train_config.sample_sheet:
+            self._show_samples(batch)
 
     def _build(self) -> Stage:
         seed = self.train_config.seed
@@ -250,16 +146,21 @@ class Worker:
 
     def _start(self) -> int:
         """Build the engine, from the newest whole checkpoint where there is one. Returns the steps done."""
-        found, self.attempt = None, 1
+        found, attempt, identity = None, 1, self._identity()
         if self.first:
-            found, skipped = checkpoint.newest(self.job.checkpoints, self._identity())
-            self.attempt = checkpoint.last_attempt(self.job.checkpoints) + 1
+            found, skipped = checkpoint.newest(self.job.checkpoints, identity)
+            attempt = checkpoint.last_attempt(self.job.checkpoints) + 1
             for reason in skipped:
                 self._note("skipped", reason=reason)
-        found, self.attempt = self.comm.broadcast((found, self.attempt))
+        found, attempt = self.comm.broadcast((found, attempt))
         if found is None:
             self.engine = build_engine(self.stage.module, self.run, self.device, self.precision)
-            return 0
+        else:
+            self._restore(found)
+        self.saving = Saving(self.job, self.engine, self.comm, attempt, identity, self._note)
+        return int(found.step) if found is not None else 0
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
         with checkpoint.Restored(found, self.comm.rank) as restored:
             check_names(restored.names(), self.stage.module, found.url)
             load_parameters(self.stage.module, restored.read)
@@ -268,7 +169,6 @@ class Worker:
             restored.set_random_state()
         if self.first:
             self._note("resumed", step=found.step, url=found.url)
-        return int(found.step)
 
     def _batches(self, start: int) -> Iterator[tuple[Batch, float]]:
         """This rank's batches and the seconds that each was waited for."""
@@ -298,7 +198,7 @@ class Worker:
             return None
         cluster = self.run.cluster
         return Encoding(
-            self.run.method.vision,  # type: ignore[attr-defined]  # every method that is streamed has one
+            self.job.vision,
             self.precision == "bf16",
             cluster.encoders,
             cluster.cpus_per_encoder,
@@ -312,7 +212,7 @@ class Worker:
 
     def _on_encoder(self, digest: str) -> None:
         """The encoder of a streamed run has said who it is; a parent's must be the same."""
-        self.encoder = encoder_base(self.run.method.vision, digest)  # type: ignore[attr-defined]
+        self.encoder = encoder_base(self.job.vision, digest)
         if self.job.parent is not None:
             check_bases(read_bases(self.job.parent), [self.encoder])
 
@@ -330,25 +230,28 @@ class Worker:
         if not math.isfinite(values["loss"]):
             self._stop_not_finite(step, batch, values)
         self.engine.backward(terms.total)
+        done = step + 1
+        logged = done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0
+        norms = part_norms(self.engine, stage=self.run.zero.stage, comm=self.comm) if logged else {}
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = float(norm) if norm is not None else 0.0
         if not math.isfinite(values["grad_norm"]):
             self._stop_not_finite(step, batch, values)
         self._count(batch, waited_s)
-        self.window.add(values)
-        self._watch(step, values)
-        if self.pending is not None and self.all_written:
-            self._settle()
-        done = step + 1
-        if done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0:
-            self._log(done, batch.epoch, rate)
+        clip = self.train_config.clip_norm
+        self.window.add(values | {"clipped_share": float(0 < clip < values["grad_norm"])})
+        self.saving.watch(step, values)
+        if self.saving.pending is not None and self.all_written:
+            self.saving.settle()
+        if logged:
+            self._log(done, batch.epoch, rate, norms)
 
     def _reduced(self, terms: LossTerms) -> dict[str, float]:
         """The loss, its parts and the metrics as global values: one small all-reduce. It also tells whether every rank
         has written its share of the checkpoint under way."""
         named = {"loss": terms.total, **{f"loss_{k}": v for k, v in terms.parts.items()}, **terms.metrics}
-        written = torch.tensor(float(self.pending is None or self.pending.done), device=self.device)
+        written = torch.tensor(float(self.saving.written), device=self.device)
         stacked = torch.stack([value.detach().float().reshape(()) for value in (*named.values(), written)])
         *mean, share = (self.comm.sum(stacked) / self.comm.world_size).tolist()
         self.all_written = share == 1.0
@@ -366,153 +269,75 @@ class Worker:
         )
 
     def _count(self, batch: Batch, waited_s: float) -> None:
-        window = self.window
-        window.steps += 1
-        window.images += int(batch.valid_B.sum())
-        window.tokens += int(batch.mask_BT.sum()) if batch.mask_BT is not None else 0
-        window.waited_s += waited_s
+        self.window.count(batch, waited_s)
         self.seen += int(batch.valid_B.sum())
         if batch.cut_B is not None:
             self.cut += int((batch.cut_B & batch.valid_B).sum())
 
-    def _log(self, done: int, epoch: int, rate: float) -> None:
-        window, self.window = self.window, _Window()
+    def _log(self, done: int, epoch: int, rate: float, norms: Mapping[str, float]) -> None:
+        window, self.window = self.window, Window()
         sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen, self.retried]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
         images, tokens, waited, failed, cut, seen, retried = self.comm.sum(counts).tolist()
         check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
+        machines = self.telemetry.read()
         if not self.first:
             return
-        seconds = max(time.perf_counter() - window.started, 1e-9)
+        seconds = window.seconds()
         values = window.means() | {
             "lr": rate,
             "epoch": epoch,
             "images_per_s": images / seconds,
             "tokens_per_s": tokens / seconds,
+            "tokens_per_step": tokens / window.steps,
+            "step_s": seconds / window.steps,
+            "samples_seen": float(done * self.train_config.global_batch),
             "data_wait_share": waited / self.comm.world_size / seconds,
             "unreadable": failed,
             "reads_retried": retried,
             "captions_cut": cut / max(seen, 1),
         }
-        self.out.append({"step": done, "time": time.time(), "metrics": values})
+        values |= {f"lr/{prefix}": rate * scale for prefix, scale in self.train_config.lr_scale.items()}
+        values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        self.out.append({"step": done, "time": time.time(), "metrics": values | machines})
 
     def _identity(self) -> dict[str, str]:
         """What every checkpoint of this run is a state of."""
         bases = {f"{base.role} weights": base.digest for base in self.stage.bases}
         return run_identity(self.run, self.job.lineage) | bases
 
-    def _watch(self, step: int, values: Mapping[str, float]) -> None:
-        """Take in the value that decides which checkpoint is the best."""
-        name = self.train_config.keep_best
-        if name is None:
-            return
-        if name in values:
-            self.watched.append(values[name])
-        elif step == 0:  # later steps may leave a loss out
-            raise ConfigError(
-                f"train.keep_best is '{name}', which this method does not log.{nearest(name, values)}",
-                f"It logs: {', '.join(values)}.",
-            )
-
-    def _checkpoint(self, done: int) -> None:
-        if self.pending is not None:
-            self._settle()
-        self.pending = checkpoint.begin(
-            self.engine, self.job.checkpoints, done,
-            attempt=self.attempt, zero_stage=self.run.zero.stage, comm=self.comm, run=self._identity(),
-            score=sum(self.watched) / len(self.watched) if self.watched else None,
-        )  # fmt: skip
-        self.watched.clear()
-        if done == self.train_config.steps:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Close the checkpoint under way. One that cannot be written costs the run nothing but that checkpoint, unless
-        it is the last one or the third in a row."""
-        pending, self.pending = self.pending, None
-        assert pending is not None
-        try:
-            checkpoint.settle(pending, self.comm)
-        except StorageError as error:
-            self.unwritten += 1
-            if pending.step == self.train_config.steps or self.unwritten >= _MOST_UNWRITTEN:
-                raise
-            if self.first:
-                self._note("unwritten", step=pending.step, reason=str(error))
-            return
-        self.unwritten = 0
-        if self.first:
-            with contextlib.suppress(StorageError):  # tried again behind the next one
-                checkpoint.prune(
-                    self.job.checkpoints,
-                    self.train_config.keep_checkpoints,
-                    keep_best=self.train_config.keep_best is not None,
-                )
-            self._note("checkpoint", step=pending.step)
-
     def _export(self) -> None:
         """Rank 0 writes the artefact folder; ZeRO 3 gathers its parameters on the way."""
         state = gather_owned(self.stage.module, stage=self.run.zero.stage, keep=self.first)
         if self.first:
-            from isthmus.methods.artefact import save_artefact
-            from isthmus.registry.manifest import with_bases
-
-            target = storage.join(self.job.folder, "artefact")
-            with _artefact_folder(target) as folder:
-                known = {base.role for base in self.stage.bases}
-                bases = (*self.stage.bases, *(base for base in self._elsewhere() if base.role not in known))
-                facts = with_bases(self.job.lineage, bases)
-                save_artefact(folder, state, self.run, self.stage, facts, bases=bases)
-            self._note(
-                "exported", url=target,
-                precision=self.precision,
-                trainable=sum(_numel(p) for p in self.stage.module.parameters() if p.requires_grad),
-                frozen=sum(_numel(p) for p in self.stage.module.parameters() if not p.requires_grad),
-                bases=facts["bases"],
-            )  # fmt: skip
+            facts = write_artefact(self.job, self.stage, state, self._elsewhere())
+            self._note("exported", precision=self.precision, **facts)
         self.comm.barrier()
+
+    def _show_samples(self, batch: Batch) -> None:
+        """Rank 0's sheet of samples. The run is done and its model written: whatever goes wrong here is only noted."""
+        try:
+            sheet = contact_sheet(
+                self.stage, batch, self.train_config.sample_sheet,
+                data=self.run.data.train,
+                autocast=self.device.type if self.precision == "bf16" else None,
+                whole=self.run.zero.stage < 3,
+            )  # fmt: skip
+            for end, data in sheet.items():
+                self.out.artefact(f"samples/step-{self.train_config.steps:08d}.{end}", data)
+        except Exception as error:
+            self._note("unsampled", reason=f"{type(error).__name__}: {error}")
 
     def _elsewhere(self) -> tuple[Base, ...]:
         """The frozen encoder where it ran outside the workers."""
         if self.run.data.placement != "streamed":
             return self.job.cached
-        return (self.encoder or encoder_base(self.run.method.vision),)  # type: ignore[attr-defined]
+        return (self.encoder or encoder_base(self.job.vision),)
 
     def _note(self, kind: str, **facts: Any) -> None:
         self.out.event({"kind": kind, **facts})
 
 
-def _numel(parameter: torch.nn.Parameter) -> int:
-    return math.prod(whole_shape(parameter))
-
-
 def _use_cores(workers_here: int) -> None:
     """Ray allows a worker of one CPU a single thread; on CPUs the workers share out the cores that are there."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-
-
-class _artefact_folder:  # noqa: N801 - used as a function
-    """A folder to write into; at the end it replaces ``url`` (a rename locally, an upload elsewhere)."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        parent = storage.local_path(url).parent if storage.is_local(url) else None
-        self._temporary = tempfile.TemporaryDirectory(prefix=".artefact-", dir=parent)
-
-    def __enter__(self) -> Path:
-        folder = Path(self._temporary.name) / "artefact"
-        folder.mkdir()
-        return folder
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        folder = Path(self._temporary.name) / "artefact"
-        try:
-            if kind is None:
-                storage.delete(self.url)
-                if storage.is_local(self.url):
-                    folder.replace(storage.local_path(self.url))
-                else:
-                    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                        checkpoint.put_file(file, storage.join(self.url, *file.relative_to(folder).parts))
-        finally:
-            self._temporary.cleanup()

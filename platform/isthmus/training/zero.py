@@ -18,27 +18,48 @@ from isthmus.contracts import Batch, LossTerms
 from isthmus.models.freezing import owned_parameters
 from isthmus.training.optimizer import parameter_groups
 
+LARGEST_BUCKET = 500_000_000
+"""Elements of DeepSpeed's buckets by default. On an accelerator they are allocated whole, and twice where reduction
+overlaps the backward pass, however small the model is."""
 
-def engine_config(run: RunConfig, *, world: int, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for ``run`` on ``world`` workers.
+
+def bucket_size(trained: int) -> int:
+    """Elements of a bucket for a model with so many trained parameters: all of them, up to DeepSpeed's default, and a
+    multiple of 256, since DeepSpeed refuses one that does not keep NCCL's alignment."""
+    return min(-(-max(trained, 1) // 256) * 256, LARGEST_BUCKET)
+
+
+def engine_config(run: RunConfig, *, world: int, cuda: bool, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``run`` on ``world`` workers, for a model of so many trained parameters.
 
     ``gradient_clipping`` is always written, because an omitted one means 1.0. The learning rate and its schedule are
     the training loop's. Parameters, gradients and optimizer state are fp32; bf16 is autocast around the forward pass.
+    What is offloaded lies in page-locked memory where there is an accelerator to copy to.
+
+    Args:
+        trained: number of trained parameters, in elements.
     """
     zero: dict[str, Any] = {
         "stage": run.zero.stage,
         "overlap_comm": cuda,
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "reduce_bucket_size": bucket_size(trained),
+        "allgather_bucket_size": bucket_size(trained),
     }
     if run.zero.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if run.zero.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if run.zero.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     return {
         "train_micro_batch_size_per_gpu": -(-run.train.global_batch // world),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": run.train.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untrusted_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own is compiled at the first use; torch's fused AdamW serves
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -62,7 +83,8 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
     """``module`` wrapped in a DeepSpeed engine over the default process group; ``precision`` is ``fp32`` or ``bf16``.
 
     The optimizer is torch's own AdamW on CPU and its fused form on GPU: DeepSpeed's operators would be compiled at
-    the first use, half a minute or more each.
+    the first use, half a minute or more each. An offloaded optimizer is the fused form too, which steps on the
+    processor in one multi-threaded pass over each flat partition.
     """
     deepspeed = load_deepspeed()
     from deepspeed.ops import __compatible_ops__
@@ -75,13 +97,12 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
         parameter_groups(module, run.train.weight_decay, run.train.lr_scale),
         lr=run.train.lr,
         betas=run.train.betas,
-        fused=cuda,
+        fused=cuda or run.zero.offload_optimizer == "cpu",
     )
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    config = engine_config(run, world=torch.distributed.get_world_size(), cuda=cuda, trained=trained)
     engine, *_ = deepspeed.initialize(
-        model=module.to(device),
-        optimizer=optimizer,
-        config=engine_config(run, world=torch.distributed.get_world_size(), cuda=cuda),
-        dist_init_required=False,
+        model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
     return engine
 

@@ -69,6 +69,25 @@ def test_stage2(family: str, bf16: bool, tmp_path: Path) -> None:
     assert found == pytest.approx(kept_of(case, bf16=bf16), rel=0.06)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_keeps_the_language_model_s_inputs(family: str, tmp_path: Path) -> None:
+    config = qformer(4)
+    case = stage2(family, tmp_path, config, recompute=True)
+    sizes = measure_language(case.config.language.weights)
+    keeping = Keeping(bf16=False, cuda=False)
+    prefix, images = case.batch.prefix_ids_BT, case.local.images
+    read, predicted = (4 + case.local.longest - 1, 0) if prefix is None else (4 + prefix.shape[1], case.local.longest)
+    rows = language.Rows(read, predicted, case.local.labels / images)
+    rest = activations.image_memory(keeping, config, case.local, projections=0, matched=False)
+    rest += activations.qformer_pass(keeping, config, case.local, compute.Pass(images, 4, how="direct"), recompute=True)
+    rest += keeping.inputs(images * 4, 1) * config.width
+    whole = language.bytes_kept(keeping, sizes, images, rows)
+    found = language.bytes_kept(keeping, sizes, images, rows, recompute=True)
+    # The plan adds the one layer that is being recomputed, which is not there at the end of the forward pass.
+    layers = sizes.decoder.layers
+    assert 0.8 * kept_of(case) < rest + found < rest + whole, layers
+
+
 @pytest.mark.parametrize(("dropout", "less"), [(0.0, True), (0.1, False)])
 def test_an_accelerator_keeps_no_attention_weights_unless_some_are_dropped(dropout: float, less: bool) -> None:
     case = stage1(qformer(4, dropout=dropout))

@@ -60,16 +60,17 @@ def test_gradient_checkpointing_runs_the_layers_again() -> None:
     assert found.total > 1.2 * compute.stage1_step(case.config, case.local, VOCAB + 1).total
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stage2(family: str, tmp_path: Path) -> None:
-    case = stage2(family, tmp_path, qformer(4))
+def test_stage2(family: str, recompute: bool, tmp_path: Path) -> None:
+    case = stage2(family, tmp_path, qformer(4), recompute=recompute)
     sizes = measure_language(case.config.language.weights)
-    parts = compute.stage2_parts(case.config.qformer, case.local, sizes, recompute=False)
+    parts = compute.stage2_parts(case.config.qformer, case.local, sizes, recompute=recompute)
     prefix = case.batch.prefix_ids_BT
     longest = case.local.longest
     read, predicted = (4 + longest - 1, 0) if prefix is None else (4 + prefix.shape[1], longest)
     found = sum(parts.values(), Flops()) + compute.frozen_language(
-        sizes, case.local.images, read, predicted, case.local.labels
+        sizes, case.local.images, read, predicted, case.local.labels, recompute=recompute
     )
     # The output layer's gradient is made in the forward pass, so only the sum can be compared.
     assert found.total == pytest.approx(sum(counted_flops(case)), rel=SMALL)

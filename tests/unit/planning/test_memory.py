@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from isthmus.methods import METHODS
 from isthmus.planning import memory
 from isthmus.planning.activations import Keeping
 from isthmus.planning.communication import exposed_seconds, traffic
+from isthmus.planning.offload import moved
 from isthmus.planning.shapes import Texts
 from isthmus.planning.subject import Subject, examine
 from method_cases import build, recipe, run_config
@@ -52,6 +54,39 @@ def test_what_each_stage_shares_out(tmp_path: Path) -> None:
     assert frozen == [2.0 * found.language.parameters] * 3 + [2.0 * found.language.parameters / 8]  # bf16
     assert by_stage[0]["image encoder, frozen"] == 4.0 * found.vision.parameters  # float32
     assert by_stage[3]["parameters gathered"] > 0
+
+
+def offloading(folder: Path, **changes: object) -> Subject:
+    found = subject("blip2_stage2", folder)
+    zero = found.run.zero.model_copy(update=changes)
+    return replace(found, run=found.run.model_copy(update={"zero": zero}))
+
+
+def test_what_offloading_moves_to_the_host(tmp_path: Path) -> None:
+    plain, found = subject("blip2_stage2", tmp_path), offloading(tmp_path, offload_optimizer="cpu")
+    trained = 4.0 * found.trained
+    for stage in memory.STAGES:
+        before, after = (memory.memory(which, stage, 4, 8, GPU) for which in (plain, found))
+        host = moved(found, stage, 8, GPU, before)
+        wanted = {"AdamW's moments": 2 * trained / 8, "their master copy": trained / 8}
+        assert host == ({} if stage == 0 else wanted | ({"gradients": trained / 8} if stage > 1 else {}))
+        assert after == before | dict.fromkeys(host, 0.0)
+        assert after["language model, frozen"] > 0
+    both = offloading(tmp_path, offload_optimizer="cpu", offload_parameters="cpu", stage=3)
+    assert memory.memory(both, 2, 4, 8, GPU)["language model, frozen"] > 0
+    third, whole = memory.memory(both, 3, 4, 8, GPU), memory.memory(plain, 3, 4, 8, GPU)
+    assert third["language model, frozen"] == third["trained parameters"] == third["image encoder, frozen"] == 0
+    assert moved(both, 3, 8, GPU, whole)["language model, frozen"] == whole["language model, frozen"]
+    here = Keeping(bf16=False, cuda=False)
+    assert memory.memory(both, 3, 4, 8, here) == memory.memory(plain, 3, 4, 8, here), "there is no other place"
+
+
+def test_buckets_are_no_larger_than_what_is_trained(tmp_path: Path) -> None:
+    found = subject("blip2_stage2", tmp_path)
+    sizes = [memory.memory(found, stage, 4, 8, GPU)["gradient buckets"] for stage in memory.STAGES]
+    assert sizes == [4.0 * found.trained * times for times in (1, 2, 2, 1)]
+    large = replace(found, trained=10**9)
+    assert memory.memory(large, 2, 4, 8, GPU)["gradient buckets"] == 2 * 4.0 * 5e8
 
 
 def test_a_cached_run_holds_no_image_encoder(tmp_path: Path) -> None:

@@ -104,3 +104,24 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
 def test_longest_captions_are_cut_as_the_recipe_cuts_them(tmp_path: Path) -> None:
     run = run_config(recipe("blip2_stage1", tmp_path))
     assert examine(run, Texts(200, 400)).texts == Texts(16, 16)
+
+
+def test_an_offloaded_optimizer_takes_longer_and_is_shown(tmp_path: Path) -> None:
+    found = subject(tmp_path)
+    zero = found.run.zero.model_copy(update={"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"})
+    away = reckon(replace(found, run=found.run.model_copy(update={"zero": zero})), WISHES)
+    here = reckon(
+        replace(
+            found,
+            run=found.run.model_copy(
+                update={"zero": zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})}
+            ),
+        ),
+        WISHES,
+    )
+    assert away.chosen.total < here.chosen.total
+    assert away.step["AdamW"] > 5 * here.step["AdamW"]
+    assert away.chosen.step_seconds > here.chosen.step_seconds
+    assert away.stages[0] == here.stages[0]
+    assert "in the host's memory" in shown(away) and "offloading" in shown(away)
+    assert "in the host's memory" not in shown(here)

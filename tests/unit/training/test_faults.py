@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isthmus.errors import ConfigError
-from isthmus.training.worker import TrainingError, _as_fatal
+from isthmus.training.faults import TrainingError, as_fatal
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from isthmus.training.worker import TrainingError, _as_fatal
     ],
 )
 def test_a_lost_peer_is_worth_a_restart(error: Exception) -> None:
-    assert _as_fatal(error) is None
+    assert as_fatal(error) is None
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_a_lost_peer_is_worth_a_restart(error: Exception) -> None:
     ],
 )
 def test_a_fault_that_a_restart_would_meet_again_is_said_at_once(error: Exception) -> None:
-    fatal = _as_fatal(error)
+    fatal = as_fatal(error)
     assert isinstance(fatal, TrainingError)
     assert type(error).__name__ in str(fatal)
 
 
 def test_what_is_for_the_user_stays_as_it_is_and_memory_names_the_mend() -> None:
     plain = ConfigError("The key is wrong.", "Mend it.")
-    assert _as_fatal(plain) is plain
-    short = _as_fatal(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert as_fatal(plain) is plain
+    short = as_fatal(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert short is not None and "train.global_batch" in short.mend

@@ -89,3 +89,48 @@ def test_a_server_that_stays_away_is_reported_and_served_by_the_next_run(tmp_pat
     server = Server()
     assert ship(tmp_path, server)[1] == 0
     assert [r["step"] for r in server.rows] == [1, 2]
+
+
+class Shelf:
+    """Takes files, or refuses for a while."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.files: list[tuple[str, str, bytes]] = []
+        self.refusals = refusals
+
+    def __call__(self, file: Path, folder: str) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise ConnectionError("server went away")
+        self.files.append((folder, file.name, file.read_bytes()))
+
+
+def ship_files(folder: Path, server: Server, shelf: Shelf, timeout_s: float = 5.0) -> Shipper:
+    shipper = Shipper(folder / "metrics.jsonl", folder / "metrics.sent", server, shelf, every_s=0.01)
+    shipper.start()
+    shipper.close(timeout_s)
+    return shipper
+
+
+def test_files_go_to_the_artefacts_once_and_behind_an_absence(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path / "metrics.jsonl"))
+    spool.append(row(1))
+    spool.artefact("samples/step-1.png", b"one")
+    spool.artefact("samples/step-1.png", b"another")
+    server, shelf = Server(), Shelf(refusals=2)
+    ship_files(tmp_path, server, shelf)
+    assert shelf.files == [("samples", "step-1.png", b"one")]
+    assert [r["step"] for r in server.rows] == [1], "rows wait for no file"
+    spool.artefact("samples/step-2.png", b"two")
+    again = Shelf()
+    ship_files(tmp_path, server, again)
+    assert again.files == [("samples", "step-2.png", b"two")]
+    assert len(server.rows) == 1
+
+
+def test_a_server_that_takes_no_file_is_named_and_ends_nothing(tmp_path: Path) -> None:
+    Spool(str(tmp_path / "metrics.jsonl")).artefact("a.txt", b"a")
+    assert ship_files(tmp_path, Server(), Shelf(refusals=10**6), timeout_s=0.2).problem.startswith("ConnectionError")
+    shelf = Shelf()
+    ship_files(tmp_path, Server(), shelf)
+    assert shelf.files == [(".", "a.txt", b"a")]
