@@ -66,7 +66,7 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
     actor: Any = ray.remote(Spool)
     spool = actor.options(num_cpus=0, scheduling_strategy=here).remote(str(local / "metrics.jsonl"))
     parent = plan.parent.path if plan.parent else None
-    job = Job(plan.run, plan.spec, plan.samples, parent, plan.lineage, spool, plan.cached)
+    job = Job(plan.run, plan.spec, plan.samples, parent, plan.lineage, spool, plan.cached, plan.sizes)
     shipper = Shipper(local / "metrics.jsonl", local / "metrics.sent", mlflow_sender(tracked.run))
     watch = Watch(plan.run, spool, quarantine=local / "quarantine.jsonl", shown=progress)
     shipper.start()

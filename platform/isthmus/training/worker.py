@@ -20,6 +20,7 @@ import torch
 from isthmus import storage
 from isthmus.config import RunConfig
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
+from isthmus.data.mixture import order_of, passes
 from isthmus.data.parallel import store_environment
 from isthmus.data.quarantine import check_cut
 from isthmus.data.streamed import Encoding, encoder_base
@@ -60,11 +61,12 @@ class Job:
         run: the resolved recipe.
         spec: the method's entry of METHODS. It travels with the job, so a method that the driver registered in its own
             script is known here too.
-        samples: rows of the manifest.
+        samples: rows of the manifests.
         parent: local folder of the model that the run starts from, or None.
         lineage: data, parent and code, for the artefact.
         spool: handle of the :class:`isthmus.training.metrics.Spool` actor.
         cached: the frozen encoder behind a feature cache, which the workers' stage does not know.
+        mixed: of them, the rows of each set of a mixture.
     """
 
     run: RunConfig
@@ -74,6 +76,12 @@ class Job:
     lineage: Mapping[str, Any]
     spool: Any
     cached: tuple[Base, ...] = ()
+    mixed: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each data set."""
+        return self.mixed or (self.samples,)
 
     @property
     def folder(self) -> str:
@@ -274,11 +282,10 @@ class Worker:
         """This rank's batches and the seconds that each was waited for."""
         if start >= self.train_config.steps:
             return
-        from isthmus.data.order import Order
         from isthmus.data.stream import train_batches
 
         config, data = self.train_config, self.run.data
-        order = Order(self.job.samples, config.global_batch, config.seed, data.shuffle_pool)
+        order = order_of(data, self.job.sizes, config.global_batch, config.seed)
         batches = iter(
             train_batches(
                 data, self.stage, order, self.comm.rank, self.comm.world_size, start, config.steps, config.seed,
@@ -380,7 +387,7 @@ class Worker:
         sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen, self.retried]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
         images, tokens, waited, failed, cut, seen, retried = self.comm.sum(counts).tolist()
-        check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
+        check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.where)
         if not self.first:
             return
         seconds = max(time.perf_counter() - window.started, 1e-9)
@@ -393,6 +400,7 @@ class Worker:
             "unreadable": failed,
             "reads_retried": retried,
             "captions_cut": cut / max(seen, 1),
+            **passes(self.run.data, self.job.sizes, done * self.train_config.global_batch),
         }
         self.out.append({"step": done, "time": time.time(), "metrics": values})
 
