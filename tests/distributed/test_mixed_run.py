@@ -52,9 +52,8 @@ def run_one(config: RunConfig) -> dict[str, Any]:
 
 
 def scenarios(root: str) -> dict[str, Any]:
-    out = {"calm": run_one(recipe(root, "calm"))}
     broken = recipe(root, "broken", break_at=7)
-    out["broken"] = run_one(broken)
+    out = {"broken": run_one(broken), "calm": run_one(recipe(root, "calm"))}
     if torch.distributed.get_rank() == 0:
         shutil.copytree(f"{root}/runs/broken", f"{root}/runs/fewer")
     torch.distributed.barrier()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,25 +58,37 @@ class Sets:
         return self.manifests[number], row - int(self._starts[number])
 
     def unique_id(self, row: int, own: int) -> int:
-        """``own``, an id that its set gives to the sample or the image of ``row``, made distinct from other sets' ids.
+        """``own``, the id that its set gives to the sample of ``row``, made distinct from other sets' ids.
 
         Exclusive or with a constant of each set: reversible, and never negative where ``own`` is not.
         """
         return own ^ self._salts[self.set_of(row)]
 
+    def by_set(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(number of a set, which of ``rows`` are its own, their numbers there). Padding is no set's."""
+        for number, (start, stop) in enumerate(pairwise(self._starts.tolist())):
+            here = (rows >= start) & (rows < stop)
+            if here.any():
+                yield number, here, rows[here] - start
+
     def image_bytes(self, rows: np.ndarray) -> np.ndarray:
         """Size of each encoded image, int64 in the shape of ``rows``; 0 for padding."""
         sizes = np.zeros(rows.shape, np.int64)
-        for manifest, start, stop in zip(self.manifests, self._starts, self._starts[1:], strict=False):
-            here = (rows >= start) & (rows < stop)
-            sizes[here] = manifest.image_bytes[rows[here] - start]
+        for number, here, own in self.by_set(rows):
+            sizes[here] = self.manifests[number].image_bytes[own]
         return sizes
+
+    def image_ids(self, rows: np.ndarray) -> np.ndarray:
+        """Id of each sample's image, int64 in the shape of ``rows``, distinct between sets; -1 for padding."""
+        ids = np.full(rows.shape, -1, np.int64)
+        for number, here, own in self.by_set(rows):
+            ids[here] = self.manifests[number].image_ids[own] ^ self._salts[number]
+        return ids
 
     def read(self, rows: np.ndarray) -> Iterator[RawSample | Failure]:
         """The stored samples of ``rows``, which ascend; no padding among them. As :func:`read_rows` for one set."""
-        cuts = np.searchsorted(rows, self._starts)
-        parts = zip(self.manifests, self._starts, cuts, cuts[1:], strict=False)
-        return chain.from_iterable(read_rows(manifest, rows[a:b] - start) for manifest, start, a, b in parts if b > a)
+        for number, _, own in self.by_set(rows):
+            yield from read_rows(self.manifests[number], own)
 
     def as_met(
         self, rows: Sequence[Sample | Failure | None], numbers: np.ndarray, visits: np.ndarray, *, images: bool
@@ -88,17 +100,14 @@ class Sets:
         Args:
             images: also name the samples' images.
         """
-        return tuple(
-            row if row is None else self._met(row, int(number), int(visit), images)
-            for row, number, visit in zip(rows, numbers, visits, strict=True)
-        )
+        image_ids = self.image_ids(numbers).tolist() if images else [None] * len(rows)
+        found = zip(rows, numbers.tolist(), visits.tolist(), image_ids, strict=True)
+        return tuple(self._met(row, *facts) if row else None for row, *facts in found)
 
-    def _met(self, row: Sample | Failure, number: int, visit: int, images: bool) -> Sample | Failure:
-        manifest, own = self.place(number)
+    def _met(self, row: Sample | Failure, number: int, visit: int, image_id: int | None) -> Sample | Failure:
         if isinstance(row, Failure):
+            manifest, _ = self.place(number)
             return replace(row, shard=storage.join(manifest.root, row.shard)) if self.several else row
-        if images:
-            row = replace(row, image_id=self.unique_id(number, int(manifest.image_ids[own])))
         if self.several:
-            row = replace(row, id=self.unique_id(number, row.id), visit=visit)
-        return row
+            return replace(row, id=self.unique_id(number, row.id), image_id=image_id, visit=visit)
+        return replace(row, image_id=image_id)

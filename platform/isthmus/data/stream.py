@@ -21,7 +21,7 @@ from isthmus.contracts import Batch, Collate, Sample, Stage
 from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, to_batch, to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.mixture import warn_of_repeats
-from isthmus.data.order import PADDING, SampleOrder
+from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
@@ -337,12 +337,15 @@ def _cached_rows(
     shape = (caches[0].meta.tokens, caches[0].meta.width)
     blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, caches[0].meta.dtype))
 
-    def row(number: int) -> Row:
-        return None if number == PADDING else _from_cache(caches[sets.set_of(number)], *sets.place(number))
-
     def rows() -> Iterator[LocalRows]:
         for step in steps:
-            yield LocalRows(step, tuple(row(number) for number in order.local(step, rank, world).tolist()))
+            numbers = order.local(step, rank, world)
+            found: list[Row] = [None] * len(numbers)
+            for number, here, own in sets.by_set(numbers):
+                samples = _from_cache(caches[number], sets.manifests[number], own.tolist())
+                for place, sample in zip(np.flatnonzero(here).tolist(), samples, strict=True):
+                    found[place] = sample
+            yield LocalRows(step, tuple(found))
 
     return rows(), blank
 
@@ -360,9 +363,10 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
     return caches
 
 
-def _from_cache(cache: FeatureCache, manifest: Manifest, row: int) -> Sample | Failure:
-    sample = cache.get(int(manifest.ids[row]))
-    return sample if sample is not None else failure_of(manifest, row, "the image was unreadable when it was encoded")
+def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
+    reason = "the image was unreadable when it was encoded"
+    found = zip(rows, map(cache.get, manifest.ids[rows].tolist()), strict=True)
+    return [failure_of(manifest, row, reason) if sample is None else sample for row, sample in found]
 
 
 # --------------------------------------------------------------------------------------------------- in order
@@ -389,7 +393,7 @@ def iter_samples(
 
     def load(group: list[int]) -> list[Sample | Failure]:
         if cache is not None:
-            return [_from_cache(cache, manifest, row) for row in group]
+            return _from_cache(cache, manifest, group)
         return [
             to_sample(manifest, row, raw, transform, size)
             for row, raw in zip(group, read_rows(manifest, group), strict=True)

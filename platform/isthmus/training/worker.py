@@ -61,12 +61,12 @@ class Job:
         run: the resolved recipe.
         spec: the method's entry of METHODS. It travels with the job, so a method that the driver registered in its own
             script is known here too.
-        samples: rows of the manifests.
+        samples: rows of the manifest, of all manifests of a mixture.
         parent: local folder of the model that the run starts from, or None.
         lineage: data, parent and code, for the artefact.
         spool: handle of the :class:`isthmus.training.metrics.Spool` actor.
         cached: the frozen encoder behind a feature cache, which the workers' stage does not know.
-        mixed: of them, the rows of each set of a mixture.
+        mixed: rows of each of the manifests of a mixture.
     """
 
     run: RunConfig
