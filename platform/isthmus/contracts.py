@@ -26,6 +26,8 @@ class Sample:
         pixels_CHW: float32, transformed, or None when ``features_ND`` is given.
         features_ND: the frozen encoder's tokens, float16 or float32, or None.
         image_id: int64, equal for all samples of one image; None means that the image has no other sample.
+        visit: how often this run has seen the sample before, which with the seed and the id decides what is drawn for
+            it. None: as often as the batch's epoch says, for in one data set all samples are visited equally often.
     """
 
     id: int
@@ -34,6 +36,11 @@ class Sample:
     pixels_CHW: np.ndarray | None = None
     features_ND: np.ndarray | None = None
     image_id: int | None = None
+    visit: int | None = None
+
+    def visit_in(self, epoch: int) -> int:
+        """``visit``, in a batch of ``epoch``."""
+        return epoch if self.visit is None else self.visit
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Batch:
         sample_ids_B: int64.
         valid_B: bool; False marks the padding rows of an epoch's last batch. They count in no loss.
         step: global optimizer step, the same on every rank; keys the counter-based generators.
-        epoch: completed passes over the data.
+        epoch: completed passes over the data; where sets of a mixture have passes of their own, as many rows as all of
+            them hold are one.
         pixels_BCHW, features_BND: exactly one of the two is given.
         ids_BT, mask_BT: int64 token ids and 0/1 attention mask, right-padded.
         labels_BT: int64 targets, -100 where no loss is taken.
@@ -201,7 +209,8 @@ class StageModule(nn.Module):
 
 
 Collate = Callable[[Sequence[Sample], int, int], Batch]
-"""(samples, epoch, step) -> Batch. Chooses one caption of each sample for this epoch, tokenises, stacks."""
+"""(samples, epoch, step) -> Batch. Chooses one caption of each sample for this visit of it (:meth:`Sample.visit_in`),
+tokenises, stacks."""
 
 
 @dataclass(frozen=True)

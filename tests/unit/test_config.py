@@ -184,3 +184,46 @@ def test_shipped_recipes_use_no_absolute_path() -> None:
     for path in RECIPES:
         assert "=/" not in yaml.safe_dump(read_yaml(path))
         assert ": /" not in yaml.safe_dump(read_yaml(path))
+
+
+TWO = [{"url": "a", "weight": 3}, {"url": "b", "weight": 0.5}]
+
+
+def test_a_mixture_reads_back_equal(tmp_path: Path) -> None:
+    config = run(data={"mixture": TWO})
+    (tmp_path / "r.yaml").write_text(to_yaml(config))
+    assert load_run(tmp_path / "r.yaml", methods=METHODS) == config
+    assert [(one.url, one.weight) for one in config.data.sets] == [("a", 3), ("b", 0.5)]
+    assert [(one.url, one.cache) for one in run("data.cache=c").data.sets] == [("data/train", "c")]
+    changed = run("data.train=null", "data.mixture=[{url: a, weight: 3}, {url: b, weight: .5}]")
+    assert changed.data == config.data
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "no data is named: give 'train', the URL of a data set, or 'mixture', a list of several"),
+        ({"train": "a", "mixture": TWO}, "'train' and 'mixture' are both given"),
+        ({"mixture": []}, "'mixture' has two data sets or more"),
+        ({"mixture": TWO[:1]}, "name a single one in 'train'"),
+        ({"mixture": [TWO[0], {"url": "b", "weight": 0}]}, "'data.mixture.1.weight': Input should be greater than 0"),
+        ({"mixture": [TWO[0], {"url": "b", "weight": -1}]}, "(given: -1)"),
+        ({"mixture": [TWO[0], {"url": "b", "weight": ".inf"}]}, "data.mixture.1.weight"),
+        ({"mixture": [TWO[0], {"url": "b"}]}, "the key 'data.mixture.1.weight' is missing"),
+        (
+            {"mixture": [TWO[0], {"url": "b", "wieght": 1}]},
+            "Did you mean 'weight'? Known keys here: cache, url, weight",
+        ),
+        ({"mixture": [*TWO, {"url": "a/", "weight": 1}]}, "the data set a is twice in 'mixture'"),
+        ({"mixture": [TWO[0], {"url": "b", "weight": 0.1234567}]}, "round them, for example to 960 : 40"),
+        ({"mixture": TWO, "cache": "c"}, "in a mixture each data set names its own"),
+        (
+            {"mixture": [{"cache": "c", **TWO[0]}, TWO[1]], "placement": "cached"},
+            "placement 'cached' needs 'cache' of b, the URL that `isthmus data cache` wrote",
+        ),
+    ],
+)
+def test_a_wrong_mixture_is_refused_with_what_to_do(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(data=data)
+    assert says in str(refused.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.config import CaptionConfig, ServeConfig, TrackingConfig, VisionConfig, absolute, anchored
+from isthmus.config import CaptionConfig, DataConfig, ServeConfig, TrackingConfig, VisionConfig, absolute, anchored
 from isthmus.errors import ConfigError
 
 BASE = Path("/base/folder")
@@ -30,6 +30,12 @@ def test_sections_mappings_and_sqlite_files_are_followed() -> None:
     done = anchored(ServeConfig(models={"a": "models:/m/1", "b": "out/artefact"}, tracking=tracking), BASE)
     assert done.models == {"a": "models:/m/1", "b": "/base/folder/out/artefact"}
     assert done.tracking.uri == "sqlite:////base/folder/runs/mlflow.db"
+
+
+def test_the_sets_of_a_mixture_are_followed() -> None:
+    sets = [{"url": "a", "weight": 1, "cache": "c"}, {"url": "s3://b/x", "weight": 2}]
+    done = anchored(DataConfig.model_validate({"mixture": sets}), BASE)
+    assert [(one.url, one.cache) for one in done.sets] == [("/base/folder/a", "/base/folder/c"), ("s3://b/x", None)]
 
 
 @pytest.mark.parametrize("weights", ["random", "timm", "pkg:efficientnet-lite0"])

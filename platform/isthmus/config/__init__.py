@@ -3,6 +3,7 @@
 from isthmus.config.base import Config, MethodConfig
 from isthmus.config.evaluation import ClassificationConfig, EvaluateConfig, LayoutConfig, MatchingConfig, VqaConfig
 from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
+from isthmus.config.mixture import SetConfig, whole_weights
 from isthmus.config.places import Place, absolute, anchored
 from isthmus.config.schema import (
     CaptionConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "RegisterConfig",
     "RunConfig",
     "ServeConfig",
+    "SetConfig",
     "TextConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -50,4 +52,5 @@ __all__ = [
     "load_run",
     "read_yaml",
     "to_yaml",
+    "whole_weights",
 ]

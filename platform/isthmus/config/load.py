@@ -146,6 +146,9 @@ def _fields(
     """Field names of the section that ``path`` leads to."""
     node: Any = recipe
     for name in path:
+        if isinstance(node, list) and name.isdigit():  # an item of a list, of the kind that the list was of
+            node = node[int(name)]
+            continue
         node = node.get(name, {}) if isinstance(node, Mapping) else {}
         if kind is RunConfig and name == "method":
             chosen = context.get("methods", {}).get(node.get("name") if isinstance(node, Mapping) else None)
@@ -166,7 +169,7 @@ def _fields(
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    if get_origin(annotation) in (Union, UnionType):
+    if get_origin(annotation) in (Union, UnionType, tuple):
         for arm in get_args(annotation):
             yield from _types(arm)
     else:

@@ -48,6 +48,8 @@ def anchored(config: C, base: Path | None = None) -> C:
         place = next((m for m in field.metadata if isinstance(m, Place)), None)
         if isinstance(value, Config):
             changes[name] = anchored(value, base)
+        elif isinstance(value, tuple) and all(isinstance(item, Config) for item in value):
+            changes[name] = tuple(anchored(item, base) for item in value)
         elif place and isinstance(value, str):
             changes[name] = _anchored_text(name, value, place, base)
         elif place and isinstance(value, Mapping):

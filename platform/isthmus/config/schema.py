@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from isthmus.config.base import Config, MethodConfig
+from isthmus.config.mixture import SetConfig, whole_weights
 from isthmus.config.places import Place
 from isthmus.errors import nearest
 
@@ -112,12 +113,15 @@ class QFormerConfig(Config):
 class DataConfig(Config):
     """Where the image-text pairs are and how images reach the trainer."""
 
-    train: Source = Field(description="URL of an indexed data set (the folder that holds manifest.parquet)")
+    train: MaybeSource = Field(None, description="URL of an indexed data set (the folder that holds manifest.parquet)")
+    mixture: tuple[SetConfig, ...] | None = Field(
+        None, description="in place of 'train': several data sets, each with its share of the samples"
+    )
     placement: Literal["inline", "streamed", "cached"] = Field(
         "inline",
         description="where frozen image features are computed: in the trainer, in a Ray Data stage, or beforehand",
     )
-    cache: MaybeSource = Field(None, description="URL of the feature cache; needed by placement 'cached'")
+    cache: MaybeSource = Field(None, description="URL of the feature cache of 'train'; needed by placement 'cached'")
     captions: Literal["drawn", "first"] = Field(
         "drawn", description="a sample's caption in an epoch: one drawn from all that it has, or always its first"
     )
@@ -138,10 +142,44 @@ class DataConfig(Config):
     decode_workers: Positive = Field(1, description="Ray Data tasks that decode at once, per trainer")
     prefetch: Positive = Field(4, description="batches kept ready per trainer")
 
+    @property
+    def sets(self) -> tuple[SetConfig, ...]:
+        """The data sets, one or several."""
+        return self.mixture or (SetConfig(url=self.train or "", weight=1, cache=self.cache),)
+
+    @property
+    def where(self) -> str:
+        """The data sets' URLs, for messages."""
+        return ", ".join(one.url for one in self.sets)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DataConfig:
+        if self.train is None and self.mixture is None:
+            raise ValueError("no data is named: give 'train', the URL of a data set, or 'mixture', a list of several")
+        if self.train is not None and self.mixture is not None:
+            raise ValueError("'train' and 'mixture' are both given; leave one of them out (train: null)")
+        return self
+
+    @model_validator(mode="after")
+    def _a_mixture_mixes(self) -> DataConfig:
+        if self.mixture is None:
+            return self
+        if len(self.mixture) < 2:
+            raise ValueError("'mixture' has two data sets or more; name a single one in 'train'")
+        if self.cache is not None:
+            raise ValueError("'cache' is that of 'train'; in a mixture each data set names its own")
+        urls = [one.url.rstrip("/") for one in self.mixture]
+        if twice := next((url for url in urls if urls.count(url) > 1), None):
+            raise ValueError(f"the data set {twice} is twice in 'mixture'; name it once, with the sum of its weights")
+        whole_weights([one.weight for one in self.mixture])
+        return self
+
     @model_validator(mode="after")
     def _cache_is_named(self) -> DataConfig:
-        if self.placement == "cached" and not self.cache:
-            raise ValueError("placement 'cached' needs 'cache', the URL that `isthmus data cache` wrote")
+        if self.placement == "cached" and not all(one.cache for one in self.sets):
+            bare = next(one.url for one in self.sets if not one.cache)
+            of_set = f" of {bare}" if self.mixture else ""
+            raise ValueError(f"placement 'cached' needs 'cache'{of_set}, the URL that `isthmus data cache` wrote")
         return self
 
 

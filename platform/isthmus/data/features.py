@@ -246,6 +246,23 @@ def read_meta(url: str) -> CacheMeta:
     return meta
 
 
+def check_alike(caches: Mapping[str, CacheMeta]) -> None:
+    """Whether features of these caches, by URL, may stand in one batch.
+
+    Raises:
+        DataError: two of them are of different encoders or transforms, or hold other shapes or types.
+    """
+    (first, known), *rest = caches.items()
+    for url, meta in rest:
+        for name in ("encoder_digest", "transform_digest", "tokens", "width", "dtype"):
+            if getattr(meta, name) != getattr(known, name):
+                raise DataError(
+                    f"The feature caches {first} and {url} do not go together: their {name.replace('_', ' ')} is "
+                    f"{getattr(known, name)} and {getattr(meta, name)}.",
+                    "Build them with the same recipe and the same dtype.",
+                )
+
+
 def _copied(url: str, meta: CacheMeta) -> Path:
     """The cache's files on this machine: fetched once, verified, and shared by the processes of this machine."""
     name = hashlib.sha256(json.dumps([url, dict(meta.files)]).encode()).hexdigest()[:24]

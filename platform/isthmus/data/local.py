@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 from isthmus.contracts import Batch, Collate, Sample
 from isthmus.data.manifest import Manifest
-from isthmus.data.order import PADDING, Order, mix
+from isthmus.data.order import PADDING, SampleOrder, mix
 from isthmus.data.ranges import retries
-from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
+from isthmus.data.readers import Failure, RawSample, failure_of
+from isthmus.data.sets import Named, Sets
 from isthmus.data.transforms import DecodeError, decode_image
 from isthmus.errors import DataError
 
@@ -52,10 +53,10 @@ class RawRows:
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the rows of a rank. Picklable; the manifest is loaded once in each process that needs it.
+    """What decides the rows of a rank. Picklable; the manifests are loaded once in each process that needs them.
 
     Attributes:
-        data, digest: URL of the indexed folder and the digest its manifest must have.
+        data: URLs of the indexed folders and the digests that their manifests must have.
         order, rank, world: whose rows.
         seed: of the augmentation.
         augment: (PIL image, seed) -> float32 [3, H, W].
@@ -64,9 +65,8 @@ class Plan:
         deadly: manifest rows that are not decoded, since that ends the process.
     """
 
-    data: str
-    digest: str
-    order: Order
+    data: Named
+    order: SampleOrder
     rank: int
     world: int
     seed: int
@@ -83,46 +83,58 @@ class Plan:
         """The stored rows of ``steps``, step by step. They are fetched together, as far as memory allows, and in the
         order in which they lie in the shards: the rows of a span of :class:`Order` are neighbours there."""
         os.environ.update(self.environment)
-        manifest = cached_manifest(self.data, self.digest)
+        sets = opened(self.data)
         numbers_SB = np.stack([self.order.local(step, self.rank, self.world) for step in steps])
-        sizes_S = np.where(numbers_SB != PADDING, manifest.image_bytes[numbers_SB], 0).sum(1)
+        sizes_S = sets.image_bytes(numbers_SB).sum(1)
         together_S = np.cumsum(sizes_S) // READ_BYTES
         for group in np.unique(together_S):
             some = np.flatnonzero(together_S == group)
             numbers = numbers_SB[some]
-            wanted = np.unique(numbers[numbers != PADDING])
+            wanted, times = np.unique(numbers[numbers != PADDING], return_counts=True)
             before = int(retries)
-            found = dict(zip(wanted.tolist(), read_rows(manifest, wanted), strict=True))
+            found = _Shelf(wanted, sets.read(wanted), times)
             again = int(retries) - before
             for step, row in zip(some.tolist(), numbers.tolist(), strict=True):
-                yield RawRows(steps[step], tuple(found.pop(n) if n != PADDING else None for n in row), again)
+                yield RawRows(steps[step], tuple(found.take(n) if n != PADDING else None for n in row), again)
                 again = 0
 
     def decode(self, raw: RawRows) -> LocalRows:
         """What was read, decoded and augmented."""
-        manifest = cached_manifest(self.data, self.digest)
-        epoch = self.order.epoch_of(raw.step)
-        numbers = self.order.local(raw.step, self.rank, self.world).tolist()
+        sets, place = opened(self.data), (raw.step, self.rank, self.world)
+        numbers, visits = self.order.local(*place).tolist(), self.order.visits(*place).tolist()
         rows: list[Row] = []
-        for number, stored in zip(numbers, raw.rows, strict=True):
+        for number, visit, stored in zip(numbers, visits, raw.rows, strict=True):
             if stored is None:
                 rows.append(None)
             elif number in self.deadly:
                 data = b"" if isinstance(stored, Failure) else stored.image
-                rows.append(failure_of(manifest, number, "decoding it ended the process that did it", data))
+                rows.append(failure_of(*sets.place(number), "decoding it ended the process that did it", data))
             else:
-                augment = functools.partial(_augment, self.augment, mix(self.seed, stored.id, epoch))
-                rows.append(to_sample(manifest, number, stored, augment, self.size))
+                seed = mix(self.seed, sets.unique_id(number, stored.id), visit)
+                augment = functools.partial(_augment, self.augment, seed)
+                rows.append(to_sample(*sets.place(number), stored, augment, self.size))
         return LocalRows(raw.step, tuple(rows), retries=raw.retries)
 
 
-def spans_of(order: Order, steps: range) -> Iterator[range]:
+def spans_of(order: SampleOrder, steps: range) -> Iterator[range]:
     """``steps`` cut where the order's spans end: what is best read together."""
     first = steps.start
     while first < steps.stop:
         stop = min(order.span_end(first), steps.stop)
         yield range(first, stop)
         first = stop
+
+
+class _Shelf:
+    """What was read together, each row kept until it has been taken as often as it is needed."""
+
+    def __init__(self, wanted: np.ndarray, found: Iterable[RawSample | Failure], times: np.ndarray) -> None:
+        self._rows = dict(zip(wanted.tolist(), found, strict=True))
+        self._left = dict(zip(wanted.tolist(), times.tolist(), strict=True))
+
+    def take(self, number: int) -> RawSample | Failure:
+        self._left[number] -= 1
+        return self._rows[number] if self._left[number] else self._rows.pop(number)
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,13 @@ def cached_manifest(url: str, digest: str) -> Manifest:
     return manifest
 
 
-def to_batch(local: LocalRows, order: Order, collate: Collate, blank: Sample) -> Batch:
+@functools.lru_cache(maxsize=4)
+def opened(data: Named) -> Sets:
+    """The data sets of a run, loaded once per process. Raises as :func:`cached_manifest`."""
+    return Sets(tuple(cached_manifest(url, digest) for url, digest in data))
+
+
+def to_batch(local: LocalRows, order: SampleOrder, collate: Collate, blank: Sample) -> Batch:
     """The batch of a rank, always of all its rows.
 
     Padding and failed rows repeat a sample of the batch (``blank`` where there is none) and are False in ``valid_B``.

@@ -63,8 +63,9 @@ def rows_on_ray(
             plan = replace(plan, deadly=plan.deadly | found)
             standstills = 0 if found else standstills + 1
             if standstills >= _STANDSTILLS:
+                where = ", ".join(url for url, _ in plan.data)
                 raise DataError(
-                    f"The tasks that read {plan.data} for step {first} died {standstills} times, and every image of "
+                    f"The tasks that read {where} for step {first} died {standstills} times, and every image of "
                     f"that step can be decoded: {type(error).__name__}.",
                     "Look at the nodes' memory and at Ray's logs; the same command goes on from the last checkpoint.",
                 ) from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -36,6 +37,27 @@ LEAST_SPAN = 8
 _ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+class SampleOrder(Protocol):
+    """What reading asks of the order of a run, over one data set (:class:`Order`) or several."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def span(self) -> int: ...
+
+    def span_end(self, step: int) -> int: ...
+
+    def epoch_of(self, step: int) -> int: ...
+
+    def local(self, step: int, rank: int, world: int) -> np.ndarray: ...
+
+    def visits(self, step: int, rank: int, world: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,11 @@ class Order:
     def streams(self) -> int:
         """Canonical streams: the largest divisor of the global batch up to :data:`MOST_STREAMS`."""
         return max(s for s in range(1, min(self.global_batch, MOST_STREAMS) + 1) if self.global_batch % s == 0)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each data set, which is one."""
+        return (self.samples,)
 
     @property
     def chunk(self) -> int:
@@ -108,13 +135,12 @@ class Order:
         return rows.reshape(-1)
 
     def local(self, step: int, rank: int, world: int) -> np.ndarray:
-        """Rank ``rank``'s part of :meth:`batch`, int64 [ceil(G/world)]; the ranks' parts in order are the batch.
+        """Rank ``rank``'s part of :meth:`batch`, int64 [ceil(G/world)]; the ranks' parts in order are the batch."""
+        return local_part(self.batch(step), rank, world)
 
-        Where the batch does not divide, as while an elastic run has lost a node, the last parts end in padding.
-        """
-        share = -(-self.global_batch // world)
-        rows = self.batch(step)[rank * share : (rank + 1) * share]
-        return np.pad(rows, (0, share - len(rows)), constant_values=PADDING)
+    def visits(self, step: int, rank: int, world: int) -> np.ndarray:
+        """How often each row of :meth:`local` was visited before, int64 [G/world]."""
+        return local_part(np.full(self.global_batch, self.epoch_of(step)), rank, world)
 
     def _rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Manifest rows at ``positions`` of the epoch's sequence of chunks."""
@@ -127,6 +153,16 @@ class Order:
         shifted = positions + np.where(behind, self.chunk - short, 0)
         slots, inside = np.divmod(shifted, self.chunk)
         return _permute(slots, np.asarray([chunks]), keys) * self.chunk + inside
+
+
+def local_part(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """Rank ``rank``'s part of a global batch [G], [ceil(G/world)].
+
+    Where the batch does not divide, as while an elastic run has lost a node, the last parts end in padding.
+    """
+    share = -(-len(batch) // world)
+    part = batch[rank * share : (rank + 1) * share]
+    return np.pad(part, (0, share - len(part)), constant_values=PADDING)
 
 
 def mix(*words: int) -> int:

@@ -18,12 +18,14 @@ from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Collate, Sample, Stage
 from isthmus.data.local import LocalRows, Plan, Unaugmented, failures, spans_of, to_batch, to_sample
 from isthmus.data.manifest import Manifest
+from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
-from isthmus.data.order import PADDING, Order
+from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
+from isthmus.data.sets import Sets
 from isthmus.data.streamed import Encoding, StepEncoder
 from isthmus.errors import DataError
 
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 def train_batches(
     data: DataConfig,
     stage: Stage,
-    order: Order,
+    order: SampleOrder,
     rank: int,
     world: int,
     start_step: int,
@@ -63,28 +65,38 @@ def train_batches(
         DataError: the data has changed, has no captions, does not fit the cache, too many samples are unreadable, or
             two encoders have different weights.
     """
-    manifest = Manifest.load(data.train)
-    if len(manifest) != order.samples:
+    sets = Sets(tuple(Manifest.load(one.url) for one in data.sets))
+    for manifest, samples in zip(sets.manifests, order.sizes, strict=True):
+        _check_samples(manifest, samples)
+    if rank == 0:
+        warn_of_repeats(data, order)
+    steps = range(start_step, stop_step)
+    if data.placement == "cached":
+        source, blank = _cached_rows(data, stage, sets, order, rank, world, steps)
+    else:
+        streamed = encoding if data.placement == "streamed" else None
+        source, blank = _image_rows(data, stage, sets, order, rank, world, steps, seed, streamed)
+        source = _of_one_encoder(source, on_encoder)
+    if stage.needs_image_ids:
+        for manifest in sets.manifests:
+            _check_images(manifest, rank)
+    if stage.needs_image_ids or sets.several:
+        source = _as_met(source, sets, order, rank, world, stage.needs_image_ids)
+    return _batches(source, data, stage, order, blank, on_failure, on_retries)
+
+
+def _check_samples(manifest: Manifest, samples: int) -> None:
+    """Whether the data is what the run's order was drawn over, and all of it has captions."""
+    if len(manifest) != samples:
         raise DataError(
-            f"{data.train} holds {len(manifest)} samples, the run's order was drawn over {order.samples}.",
+            f"{manifest.root} holds {len(manifest)} samples, the run's order was drawn over {samples}.",
             "The data has changed since the run began: start a new run.",
         )
     if manifest.captioned < len(manifest):
         raise DataError(
-            f"{len(manifest) - manifest.captioned} of the {len(manifest)} samples of {data.train} have no caption.",
+            f"{len(manifest) - manifest.captioned} of the {len(manifest)} samples of {manifest.root} have no caption.",
             "Training needs one for each: index the folder with captions required.",
         )
-    steps = range(start_step, stop_step)
-    if data.placement == "cached":
-        source, blank = _cached_rows(data, stage, manifest, order, rank, world, steps)
-    else:
-        streamed = encoding if data.placement == "streamed" else None
-        source, blank = _image_rows(data, stage, manifest, order, rank, world, steps, seed, streamed)
-        source = _of_one_encoder(source, on_encoder)
-    if stage.needs_image_ids:
-        _check_images(manifest, rank)
-        source = _with_images(source, manifest, order, rank, world)
-    return _batches(source, data, stage, order, blank, on_failure, on_retries)
 
 
 def _check_images(manifest: Manifest, rank: int) -> None:
@@ -103,16 +115,13 @@ def _check_images(manifest: Manifest, rank: int) -> None:
         )
 
 
-def _with_images(
-    source: Iterable[LocalRows], manifest: Manifest, order: Order, rank: int, world: int
+def _as_met(
+    source: Iterable[LocalRows], sets: Sets, order: SampleOrder, rank: int, world: int, images: bool
 ) -> Iterator[LocalRows]:
-    """The same rows with the ids of their images, wherever they were read."""
+    """The same rows as :meth:`Sets.as_met` has them, wherever they were read."""
     for local in source:
-        numbers = order.local(local.step, rank, world)
-        rows = tuple(
-            replace(row, image_id=int(manifest.image_ids[number])) if isinstance(row, Sample) else row
-            for number, row in zip(numbers, local.rows, strict=True)
-        )
+        place = (local.step, rank, world)
+        rows = sets.as_met(local.rows, order.local(*place), order.visits(*place), images=images)
         yield replace(local, rows=rows)
 
 
@@ -136,12 +145,12 @@ def _batches(
     source: Iterable[LocalRows],
     data: DataConfig,
     stage: Stage,
-    order: Order,
+    order: SampleOrder,
     blank: Sample,
     on_failure: Callable[[Failure], None],
     on_retries: Callable[[int], None] | None,
 ) -> Iterator[Batch]:
-    budget = FailureBudget(order.samples, data.max_failed_share, data.train)
+    budget = FailureBudget(order.samples, data.max_failed_share, data.where)
     collate = stage.collate if data.captions == "drawn" else _OnFirstCaptions(stage.collate)
     made = ((local, to_batch(local, order, collate, blank)) for local in source)
     for local, batch in ahead(made, data.prefetch):
@@ -167,8 +176,8 @@ class _OnFirstCaptions:
 def _image_rows(
     data: DataConfig,
     stage: Stage,
-    manifest: Manifest,
-    order: Order,
+    sets: Sets,
+    order: SampleOrder,
     rank: int,
     world: int,
     steps: range,
@@ -177,7 +186,7 @@ def _image_rows(
 ) -> tuple[Iterable[LocalRows], Sample]:
     size = int(stage.image_spec["image_size"])
     augment = stage.augment if data.augment else Unaugmented(stage.transform)
-    plan = Plan(data.train, manifest.digest, order, rank, world, seed, augment, size, environment=store_environment())
+    plan = Plan(sets.named, order, rank, world, seed, augment, size, environment=store_environment())
     blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
@@ -199,30 +208,42 @@ def _on_threads(
 
 
 def _cached_rows(
-    data: DataConfig, stage: Stage, manifest: Manifest, order: Order, rank: int, world: int, steps: range
+    data: DataConfig, stage: Stage, sets: Sets, order: SampleOrder, rank: int, world: int, steps: range
 ) -> tuple[Iterable[LocalRows], Sample]:
-    from isthmus.data.features import FeatureCache
-
-    assert data.cache is not None  # the configuration's own rule
-    encoders = [base.digest for base in stage.bases if base.role == "vision"]
-    expect = {"manifest_digest": manifest.digest, **({"encoder_digest": encoders[0]} if encoders else {})}
-    cache = FeatureCache.open(data.cache, expect=expect)
-    shape = (cache.meta.tokens, cache.meta.width)
-    blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, cache.meta.dtype))
+    caches = _open_caches(data, stage, sets)
+    shape = (caches[0].meta.tokens, caches[0].meta.width)
+    blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, caches[0].meta.dtype))
 
     def rows() -> Iterator[LocalRows]:
         for step in steps:
             numbers = order.local(step, rank, world)
-            yield LocalRows(
-                step, tuple(_from_cache(cache, manifest, int(n)) if n != PADDING else None for n in numbers)
-            )
+            found: list[Row] = [None] * len(numbers)
+            for number, here, own in sets.by_set(numbers):
+                samples = _from_cache(caches[number], sets.manifests[number], own.tolist())
+                for place, sample in zip(np.flatnonzero(here).tolist(), samples, strict=True):
+                    found[place] = sample
+            yield LocalRows(step, tuple(found))
 
     return rows(), blank
 
 
-def _from_cache(cache: FeatureCache, manifest: Manifest, row: int) -> Sample | Failure:
-    sample = cache.get(int(manifest.ids[row]))
-    return sample if sample is not None else failure_of(manifest, row, "the image was unreadable when it was encoded")
+def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCache]:
+    """The feature cache of each set. Their features go into one batch, so they must be of one encoder and kind."""
+    from isthmus.data.features import FeatureCache, check_alike
+
+    known = [("encoder_digest", base.digest) for base in stage.bases if base.role == "vision"][:1]
+    caches: list[FeatureCache] = []
+    for one, manifest in zip(data.sets, sets.manifests, strict=True):
+        assert one.cache is not None  # the configuration's own rule
+        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digest, **dict(known)}))
+    check_alike({cache.url: cache.meta for cache in caches})
+    return caches
+
+
+def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
+    reason = "the image was unreadable when it was encoded"
+    found = zip(rows, map(cache.get, manifest.ids[rows].tolist()), strict=True)
+    return [failure_of(manifest, row, reason) if sample is None else sample for row, sample in found]
 
 
 # --------------------------------------------------------------------------------------------------- in order
@@ -249,7 +270,7 @@ def iter_samples(
 
     def load(group: list[int]) -> list[Sample | Failure]:
         if cache is not None:
-            return [_from_cache(cache, manifest, row) for row in group]
+            return _from_cache(cache, manifest, group)
         return [
             to_sample(manifest, row, raw, transform, size)
             for row, raw in zip(group, read_rows(manifest, group), strict=True)

@@ -19,13 +19,13 @@ PREFIX_DRAW = 3  # and that of the place where a caption is split from both
 
 
 def choose_caption(sample: Sample, seed: int, epoch: int) -> str:
-    """One of the sample's captions for this epoch, cleaned; a pure function of (seed, epoch, sample id).
+    """One of the sample's captions for this visit, cleaned; a pure function of (seed, visit, sample id).
 
     A sample without captions (a padding row) gives an empty one.
     """
     if not sample.captions:
         return ""
-    u = float(uniform(seed, epoch, sample.id, CAPTION_DRAW))
+    u = float(uniform(seed, sample.visit_in(epoch), sample.id, CAPTION_DRAW))
     return clean_caption(sample.captions[int(u * len(sample.captions))])
 
 
@@ -35,14 +35,14 @@ def own_tokenizer(tokenizer: Any) -> Any:
     return copy.deepcopy(tokenizer)
 
 
-def split_caption(text: str, sample_id: int, seed: int, epoch: int) -> tuple[str, str]:
+def split_caption(text: str, sample_id: int, seed: int, visit: int) -> tuple[str, str]:
     """(prefix, suffix) of a caption for prefix language modelling: its first k words and the rest.
 
-    k is uniform in 0 .. n - 1 for n words, so that the suffix is never empty; a pure function of (seed, epoch, sample
+    k is uniform in 0 .. n - 1 for n words, so that the suffix is never empty; a pure function of (seed, visit, sample
     id). BLIP-2 (Li et al. 2023, section 3.3) splits each caption and does not say where.
     """
     words = text.split()
-    k = int(float(uniform(seed, epoch, sample_id, PREFIX_DRAW)) * len(words))
+    k = int(float(uniform(seed, visit, sample_id, PREFIX_DRAW)) * len(words))
     return " ".join(words[:k]), " ".join(words[k:])
 
 

@@ -269,7 +269,7 @@ class CollateStage2:
         texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
         prefixes, suffixes = None, list(texts)
         if self.language.splits:
-            pairs = [split_caption(t, s.id, self.seed, epoch) for t, s in zip(texts, samples, strict=True)]
+            pairs = [split_caption(t, s.id, self.seed, s.visit_in(epoch)) for t, s in zip(texts, samples, strict=True)]
             prefixes, suffixes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         cut_B = cut_captions(suffixes, self.language.room(), self.language.caption_ids)
         if prefixes is not None:

@@ -6,12 +6,12 @@ import copy
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import isthmus
-from isthmus.config import RunConfig
+from isthmus.config import DataConfig, RunConfig, whole_weights
 from isthmus.contracts import Base, ModelVersion
 
 MAY_CHANGE = (
@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.decode_workers",
     "data.max_cut_share",
     "data.max_failed_share",
+    "data.mixture",
     "data.prefetch",
     "data.train",
     "model",
@@ -32,7 +33,7 @@ MAY_CHANGE = (
     "train.sample_sheet",
 )
 """Recipe fields (or whole sections) that leave the trained parameters as they are. The place of the data is among them:
-its content is compared by digest."""
+its content, and the shares of a mixture, are compared by digest."""
 
 ROUNDING = (
     "train.gradient_checkpointing",
@@ -125,10 +126,28 @@ def run_identity(run: RunConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
     return {"recipe": recipe, **({"data": data} if data else {})}
 
 
-def lineage(run: RunConfig, *, data_digest: str, samples: int, parent: ModelVersion | None) -> dict[str, Any]:
-    """Where a model comes from, as written into its artefact and its registry entry."""
+def data_record(data: DataConfig, found: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """What a run was trained on; ``found`` is (digest, samples) of each data set.
+
+    A mixture's digest stands for its sets' digests, in their order, and for their shares.
+    """
+    if data.mixture is None:
+        [(digest, samples)] = found
+        return {"url": data.train, "digest": digest, "samples": samples}
+    weights = whole_weights([one.weight for one in data.mixture])
+    shares = [[digest, weight] for (digest, _), weight in zip(found, weights, strict=True)]
+    sets = [
+        {"url": one.url, "digest": digest, "samples": samples, "weight": weight}
+        for one, weight, (digest, samples) in zip(data.mixture, weights, found, strict=True)
+    ]
+    whole = hashlib.sha256(json.dumps(["mixture", shares]).encode()).hexdigest()
+    return {"digest": whole, "samples": sum(samples for _, samples in found), "sets": sets}
+
+
+def lineage(*, data: Mapping[str, Any], parent: ModelVersion | None) -> dict[str, Any]:
+    """Where a model comes from, as written into its artefact and registry entry; ``data`` is a :func:`data_record`."""
     return {
-        "data": {"url": run.data.train, "digest": data_digest, "samples": samples},
+        "data": dict(data),
         "parent": {"name": parent.name, "version": parent.version, "uri": parent.uri} if parent else None,
         "code": {"package": isthmus.__version__, "commit": code_commit()},
     }

@@ -16,6 +16,7 @@ from typing import Any
 from isthmus import registry, storage
 from isthmus.config import ClusterConfig, RunConfig, anchored
 from isthmus.contracts import ModelVersion
+from isthmus.data.parallel import store_environment
 from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
 from isthmus.training import preflight
@@ -66,7 +67,9 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
     actor: Any = ray.remote(Spool)
     spool = actor.options(num_cpus=0, scheduling_strategy=here).remote(str(local / "metrics.jsonl"))
     parent = plan.parent.path if plan.parent else None
-    job = Job(plan.run, plan.spec, plan.samples, parent, plan.lineage, spool, plan.cached)
+    job = Job(
+        plan.run, plan.spec, plan.samples, parent, plan.lineage, spool, plan.cached, plan.sizes, store_environment()
+    )
     senders = mlflow_sender(tracked.run), mlflow_file_sender(tracked.run)
     shipper = Shipper(local / "metrics.jsonl", local / "metrics.sent", *senders)
     watch = Watch(plan.run, spool, quarantine=local / "quarantine.jsonl", shown=progress)

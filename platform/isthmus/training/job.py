@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from isthmus import storage
@@ -20,11 +20,14 @@ class Job:
         run: the resolved recipe.
         spec: the method's entry of METHODS. It travels with the job, so a method that the driver registered in its own
             script is known here too.
-        samples: rows of the manifest.
+        samples: rows of the manifest, of all manifests of a mixture.
         parent: local folder of the model that the run starts from, or None.
         lineage: data, parent and code, for the artefact.
         spool: handle of the :class:`isthmus.training.metrics.Spool` actor.
         cached: the frozen encoder behind a feature cache, which the workers' stage does not know.
+        mixed: rows of each of the manifests of a mixture.
+        environment: variables that say how stores are reached, to lay over a worker's own: a cluster that was there
+            before does not have the driver's.
     """
 
     run: RunConfig
@@ -34,6 +37,13 @@ class Job:
     lineage: Mapping[str, Any]
     spool: Any
     cached: tuple[Base, ...] = ()
+    mixed: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each data set."""
+        return self.mixed or (self.samples,)
 
     @property
     def folder(self) -> str:

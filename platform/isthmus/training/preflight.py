@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus import storage
-from isthmus.config import RunConfig, VisionConfig, load_run, to_yaml
+from isthmus.config import RunConfig, SetConfig, VisionConfig, load_run, to_yaml
 from isthmus.contracts import Base, ModelVersion
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.ray_session import joins_cluster
 from isthmus.registry import check_tracking, manifest, resolve, tracking_uri
+
+if TYPE_CHECKING:
+    from isthmus.data.features import CacheMeta
 
 RECIPE, FINISHED = "recipe.yaml", "finished.json"
 _OF_A_START = (RECIPE, "lineage.json", "metrics.jsonl", "metrics.sent", "mlflow-run.json", "quarantine.jsonl")
@@ -27,12 +30,13 @@ class Plan:
     Attributes:
         run: the recipe with what it inherits from its parent filled in.
         spec: the method's entry of METHODS.
-        samples: rows of the data's manifest.
+        samples: rows of the data's manifests.
         parent: the model to start from, fetched, or None.
         lineage: data, parent, code.
         digest: of all that decides the result.
         uri: MLflow's tracking URI.
         cached: the frozen encoder whose features are read from a cache instead of being computed by the workers.
+        sizes: of the samples, those of each data set.
     """
 
     run: RunConfig
@@ -43,6 +47,7 @@ class Plan:
     digest: str
     uri: str
     cached: tuple[Base, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -67,7 +72,7 @@ def check(run: RunConfig) -> Plan:
             f"No method is called '{run.method.name}'.{nearest(run.method.name, METHODS)}", f"Known: {known}."
         )
     storage.ensure_writable(storage.join(run.storage, run.name))
-    samples, digest = _data_facts(run)
+    found = _data_facts(run)
     uri = tracking_uri(run.tracking)
     check_tracking(uri)
     parent = resolve(run.parent, run.tracking) if run.parent else None
@@ -75,9 +80,12 @@ def check(run: RunConfig) -> Plan:
     _check_weights(run)
     _check_vision(run)
     resolved = run.model_copy(update={"method": spec.resolve(run.method, _parent_recipe(parent))})
-    lineage = manifest.lineage(resolved, data_digest=digest, samples=samples, parent=parent)
-    cached = _cached_encoder(resolved, digest, parent)
-    plan = Plan(resolved, spec, samples, parent, lineage, manifest.recipe_digest(resolved, lineage), uri, cached)
+    data = manifest.data_record(run.data, found)
+    lineage = manifest.lineage(data=data, parent=parent)
+    cached = _cached_encoder(resolved, [digest for digest, _ in found], parent)
+    sizes = tuple(samples for _, samples in found)
+    digest = manifest.recipe_digest(resolved, lineage)
+    plan = Plan(resolved, spec, sum(sizes), parent, lineage, digest, uri, cached, sizes)
     _check_same_run(plan)
     return plan
 
@@ -131,37 +139,59 @@ def _check_weights(run: RunConfig) -> None:
             weights.resolve(named)
 
 
-def _data_facts(run: RunConfig) -> tuple[int, str]:
-    """(samples, digest) of the training data."""
+def _data_facts(run: RunConfig) -> list[tuple[str, int]]:
+    """(digest, samples) of each data set."""
     from isthmus.data.manifest import Manifest
 
-    found = Manifest.load(run.data.train)
-    if len(found) == 0:
-        raise DataError(f"{run.data.train} holds no samples.", "Index a folder that has image-text pairs.")
-    return len(found), str(found.digest)
+    facts: list[tuple[str, int]] = []
+    for one in run.data.sets:
+        found = Manifest.load(one.url)
+        if len(found) == 0:
+            raise DataError(f"{one.url} holds no samples.", "Index a folder that has image-text pairs.")
+        facts.append((str(found.digest), len(found)))
+    digests = [digest for digest, _ in facts]
+    for number, digest in enumerate(digests):
+        if (first := digests.index(digest)) < number:
+            raise DataError(
+                f"{run.data.sets[first].url} and {run.data.sets[number].url} hold the same data "
+                f"(digest {digest[:12]}).",
+                "Name it once in data.mixture, with the sum of its weights.",
+            )
+    return facts
 
 
-def _cached_encoder(run: RunConfig, data_digest: str, parent: ModelVersion | None) -> tuple[Base, ...]:
-    """The encoder of the run's feature cache, which must be of this data and of the encoder that the recipe names."""
+def _cached_encoder(run: RunConfig, digests: Sequence[str], parent: ModelVersion | None) -> tuple[Base, ...]:
+    """The encoder of the run's feature caches, which must be of this data and of the encoder that the recipe names."""
     if run.data.placement != "cached":
         return ()
-    from isthmus.data.features import read_meta
+    from isthmus.data.features import check_alike, read_meta
 
-    url = str(run.data.cache)
-    meta = read_meta(url)
-    mend = "Build a cache for this recipe in another folder with `isthmus data cache`, and name it in data.cache."
-    if meta.manifest_digest != data_digest:
-        raise DataError(f"The feature cache {url} was made of other data than {run.data.train}.", mend)
+    metas = {str(one.cache): read_meta(str(one.cache)) for one in run.data.sets}
+    for one, digest in zip(run.data.sets, digests, strict=True):
+        _check_cache(run, one, metas[str(one.cache)], digest, parent)
+    check_alike(metas)
+    meta = metas[str(run.data.sets[0].cache)]
+    return (Base("vision", VisionConfig(**meta.vision).weights, meta.encoder_digest),)
+
+
+def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, parent: ModelVersion | None) -> None:
+    field = "data.mixture" if run.data.mixture else "data.cache"
+    mend = f"Build a cache for this recipe in another folder with `isthmus data cache`, and name it in {field}."
+    if meta.manifest_digest != digest:
+        raise DataError(f"The feature cache {data.cache} was made of other data than {data.url}.", mend)
     wanted = getattr(run.method, "vision", None)
     made = VisionConfig(**meta.vision)
     if wanted is not None and wanted != made:
         names = [n for n in VisionConfig.model_fields if getattr(wanted, n) != getattr(made, n)]
         shown = ", ".join(f"{n}: cache {getattr(made, n)!r}, recipe {getattr(wanted, n)!r}" for n in names)
-        raise DataError(f"The feature cache {url} was made with another encoder than method.vision ({shown}).", mend)
+        raise DataError(
+            f"The feature cache {data.cache} was made with another encoder than method.vision ({shown}).", mend
+        )
     for base in _parent_bases(parent):
         if base["role"] == "vision" and base["digest"] != meta.encoder_digest:
-            raise DataError(f"The feature cache {url} was made with other weights than the parent's encoder.", mend)
-    return (Base("vision", made.weights, meta.encoder_digest),)
+            raise DataError(
+                f"The feature cache {data.cache} was made with other weights than the parent's encoder.", mend
+            )
 
 
 def _parent_bases(parent: ModelVersion | None) -> list[dict[str, str]]:
@@ -192,7 +222,7 @@ def _check_same_run(plan: Plan) -> None:
     for part, field in (("data", "digest"), ("parent", "version")):
         was, now = (before.get(part) or {}).get(field), (plan.lineage.get(part) or {}).get(field)
         if before and was != now:
-            changes.append(f"{part} {field}: was {was}, is {now}")
+            changes.append(f"{part} {field}: was {was}{_mixed(before, part)}, is {now}{_mixed(plan.lineage, part)}")
     if changes and not any(storage.exists(storage.join(plan.folder, kept)) for kept in ("checkpoints", "artefact")):
         for name in _OF_A_START:
             storage.delete(storage.join(plan.folder, name))
@@ -201,6 +231,12 @@ def _check_same_run(plan: Plan) -> None:
             f"The run '{plan.run.name}' in {plan.run.storage} was begun with another recipe: {'; '.join(changes)}.",
             "Give this run another name, restore those fields (train.steps may only grow), or delete the run's folder.",
         )
+
+
+def _mixed(lineage: Mapping[str, Any], part: str) -> str:
+    """The sets of a mixture with their weights, in brackets; nothing of what is no mixture."""
+    shown = [f"{one['weight']} x {one['url']}" for one in (lineage.get(part) or {}).get("sets", ())]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _read_stored(url: str) -> RunConfig:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from isthmus.contracts import Base, Batch, BuildContext, LossTerms, Stage
+from isthmus.data.mixture import order_of, passes
 from isthmus.data.parallel import store_environment
 from isthmus.data.quarantine import check_cut
 from isthmus.data.streamed import Encoding, encoder_base
@@ -55,6 +56,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     job: Job = ray.get(config["job"])
     if ray.get(job.spool.failure.remote()) is not None:
         return
+    os.environ.update(job.environment)
     try:
         device = ray.train.torch.get_device()
         if device.type == "cpu":
@@ -174,11 +176,10 @@ class Worker:
         """This rank's batches and the seconds that each was waited for."""
         if start >= self.train_config.steps:
             return
-        from isthmus.data.order import Order
         from isthmus.data.stream import train_batches
 
         config, data = self.train_config, self.run.data
-        order = Order(self.job.samples, config.global_batch, config.seed, data.shuffle_pool)
+        order = order_of(data, self.job.sizes, config.global_batch, config.seed)
         batches = iter(
             train_batches(
                 data, self.stage, order, self.comm.rank, self.comm.world_size, start, config.steps, config.seed,
@@ -279,7 +280,7 @@ class Worker:
         sums = [window.images, window.tokens, window.waited_s, self.failed, self.cut, self.seen, self.retried]
         counts = torch.tensor(sums, dtype=torch.float64, device=self.device)
         images, tokens, waited, failed, cut, seen, retried = self.comm.sum(counts).tolist()
-        check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.train)
+        check_cut(int(cut), int(seen), self.job.samples, self.run.data.max_cut_share, self.run.data.where)
         machines = self.telemetry.read()
         if not self.first:
             return
@@ -296,6 +297,7 @@ class Worker:
             "unreadable": failed,
             "reads_retried": retried,
             "captions_cut": cut / max(seen, 1),
+            **passes(self.run.data, self.job.sizes, done * self.train_config.global_batch),
         }
         values |= {f"lr/{prefix}": rate * scale for prefix, scale in self.train_config.lr_scale.items()}
         values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}

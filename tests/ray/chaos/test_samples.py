@@ -47,7 +47,7 @@ def test_a_corrupt_image(ground: Path, control: str, report: Report, tmp_path: P
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of ``side`` x ``side`` white pixels of one bit, some 24,000 times smaller than the RGB that it unfolds to."""
+    """A PNG of ``side`` x ``side`` white pixels of one bit, some 24,000 times smaller than what it unfolds to."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,45 @@ def test_other_data_under_the_same_url_is_refused(root: str) -> None:
     index(f"{root}/data")
     with pytest.raises(ConfigError, match="data digest: was"):
         preflight.check(tiny.recipe(root, "a"))
+
+
+def mixed(root: str, first: str = "data", second: str = "more", weight: float = 1, **data: Any) -> dict[str, Any]:
+    sets = [{"url": f"{root}/{first}", "weight": 3}, {"url": f"{root}/{second}", "weight": weight}]
+    return {"data": {"train": None, "mixture": sets, **data}}
+
+
+def test_the_record_of_a_mixture_holds_every_set_and_another_one_is_refused(root: str) -> None:
+    more = index(str(make_dataset(Path(root) / "more", 5, start=50)))
+    plan = preflight.check(tiny.recipe(root, "a", **mixed(root)))
+    assert (plan.samples, plan.sizes) == (17, (12, 5))
+    record = plan.lineage["data"]
+    assert record["samples"] == 17 and len(record["digest"]) == 64
+    assert record["sets"][1] == {"url": f"{root}/more", "digest": more.digest, "samples": 5, "weight": 1}
+    preflight.write_recipe(plan)
+    (Path(root) / "runs" / "a" / "checkpoints").mkdir()
+
+    def again(**change: Any) -> str:
+        return preflight.check(tiny.recipe(root, "a", **mixed(root, **change))).digest
+
+    Path(root, "more").rename(f"{root}/elsewhere")
+    sixfold = mixed(root, second="elsewhere", weight=2)
+    sixfold["data"]["mixture"][0]["weight"] = 6
+    same = preflight.check(tiny.recipe(root, "a", **sixfold))
+    assert same.digest == plan.digest == again(second="elsewhere"), "the same sets and shares in another place"
+    words = rf"data digest: was \w+ \(3 x {root}/data, 1 x {root}/more\), is \w+ \(3 x .*, 2 x {root}/elsewhere\)"
+    with pytest.raises(ConfigError, match=words):
+        again(second="elsewhere", weight=2)
+    with pytest.raises(ConfigError, match=r"data digest: was .*1 x .*/more\), is \w+\."):
+        preflight.check(tiny.recipe(root, "a"))
+
+
+def test_a_mixture_of_what_is_not_there_or_there_twice_is_refused(root: str) -> None:
+    make_dataset(Path(root) / "bare", 3)
+    with pytest.raises(DataError, match=r"/bare is not indexed .*isthmus data index"):
+        preflight.check(tiny.recipe(root, "a", **mixed(root, second="bare")))
+    shutil.copytree(f"{root}/data", f"{root}/copy")
+    with pytest.raises(DataError, match=r"/data and .*/copy hold the same data .*the sum of its weights"):
+        preflight.check(tiny.recipe(root, "a", **mixed(root, second="copy")))
 
 
 @pytest.mark.parametrize(
