@@ -83,8 +83,10 @@ class Plan:
         os.environ.update(self.environment)
         manifest = cached_manifest(self.data, self.digest)
         numbers_SB = np.stack([self.order.local(step, self.rank, self.world) for step in steps])
-        sizes_S = np.where(numbers_SB != PADDING, manifest.image_bytes[numbers_SB], 0).sum(1)
-        together_S = np.cumsum(sizes_S) // READ_BYTES
+        real_SB = numbers_SB != PADDING
+        sizes_SB = np.zeros_like(numbers_SB)
+        sizes_SB[real_SB] = manifest.image_bytes_of(numbers_SB[real_SB])
+        together_S = np.cumsum(sizes_SB.sum(1)) // READ_BYTES
         for group in np.unique(together_S):
             some = np.flatnonzero(together_S == group)
             numbers = numbers_SB[some]

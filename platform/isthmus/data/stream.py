@@ -105,7 +105,7 @@ def _check_images(manifest: Manifest, rank: int) -> None:
             "indexed before the index named images.",
             f"Run `isthmus data index {manifest.root}` again; its digest stays, and so do feature caches of it.",
         )
-    if rank == 0 and len(np.unique(manifest.image_ids)) == len(manifest):
+    if rank == 0 and not manifest.repeats_images:
         log.warning(
             "itc_same_image has no effect on %s: no two of its samples have the same 'image_id' (a field of the JSON "
             "member, a Parquet column).",
@@ -119,10 +119,12 @@ def _with_images(
     """The same rows with the ids of their images, wherever they were read."""
     for local in source:
         numbers = order.local(local.step, rank, world)
-        rows = tuple(
-            replace(row, image_id=int(manifest.image_ids[number])) if isinstance(row, Sample) else row
-            for number, row in zip(numbers, local.rows, strict=True)
+        ids = iter(
+            manifest.image_ids_of(
+                [n for n, row in zip(numbers, local.rows, strict=True) if isinstance(row, Sample)]
+            ).tolist()
         )
+        rows = tuple(replace(row, image_id=next(ids)) if isinstance(row, Sample) else row for row in local.rows)
         yield replace(local, rows=rows)
 
 
@@ -335,17 +337,17 @@ def _cached_rows(
 
     def rows() -> Iterator[LocalRows]:
         for step in steps:
-            numbers = order.local(step, rank, world)
-            yield LocalRows(
-                step, tuple(_from_cache(cache, manifest, int(n)) if n != PADDING else None for n in numbers)
-            )
+            numbers = order.local(step, rank, world).tolist()
+            found = iter(_from_cache(cache, manifest, [n for n in numbers if n != PADDING]))
+            yield LocalRows(step, tuple(next(found) if n != PADDING else None for n in numbers))
 
     return rows(), blank
 
 
-def _from_cache(cache: FeatureCache, manifest: Manifest, row: int) -> Sample | Failure:
-    sample = cache.get(int(manifest.ids[row]))
-    return sample if sample is not None else failure_of(manifest, row, "the image was unreadable when it was encoded")
+def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
+    reason = "the image was unreadable when it was encoded"
+    found = zip(rows, map(cache.get, manifest.ids_of(rows).tolist()), strict=True)
+    return [failure_of(manifest, row, reason) if sample is None else sample for row, sample in found]
 
 
 # --------------------------------------------------------------------------------------------------- in order
@@ -372,7 +374,7 @@ def iter_samples(
 
     def load(group: list[int]) -> list[Sample | Failure]:
         if cache is not None:
-            return [_from_cache(cache, manifest, row) for row in group]
+            return _from_cache(cache, manifest, group)
         return [
             to_sample(manifest, row, raw, transform, size)
             for row, raw in zip(group, read_rows(manifest, group), strict=True)
