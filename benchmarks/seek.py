@@ -5,8 +5,9 @@ not there: nothing is read but the manifest), or takes the one that ``--keep FOL
 of its own that opens the manifest as a training worker does:
 
 - cold: the manifest is dropped from the page cache, the process opens it, draws a random (epoch, step) of the sample
-  order and looks up the rows of that batch. ``seek_seconds`` is the worst median, opening included.
-- warm: further random steps in the same process, and the same steps again.
+  order and looks up the rows of that batch. ``seek_seconds`` is the worst median, opening included;
+  ``cold_cpu_seconds`` is the processor time of the same, which other work on the machine hardly stretches.
+- warm: further random steps in the same process; ``again``: the same ones a second time.
 - spans: all rows that a worker looks up for a run of the order's spans, 256 at a time as it reads them. ``peak_mb`` is
   the worst peak of resident memory over that before the manifest was opened.
 
@@ -37,8 +38,7 @@ import pyarrow as pa
 
 from isthmus.data.assembly import GROUP_ROWS, table_writer
 from isthmus.data.listing import HEADER_FILE, TABLE_FILE
-from isthmus.data.local import cached_manifest
-from isthmus.data.manifest import Shard, digest_of, header_of
+from isthmus.data.manifest import Manifest, Shard, digest_of, header_of
 from isthmus.data.order import PADDING, Order
 from isthmus.data.pages import PAGES_FILE, PageWriter
 from isthmus.data.records import SCHEMA
@@ -47,6 +47,7 @@ PER_SHARD = 8192  # divides GROUP_ROWS
 BATCHES = (64, 4096)
 BLOCK = 512  # of a tar
 WINDOW = 256  # rows that a reader looks up together
+OTHERS = 10  # warm seeks of a process
 
 
 def main() -> None:
@@ -67,7 +68,11 @@ def main() -> None:
         peaks = [_child("spans", folder, options.samples, batch, 0) for batch in BATCHES]
     for batch, peak in zip(BATCHES, peaks, strict=True):
         figures |= {f"batch_{batch}.{name}": value for name, value in peak.items()}
-    figures |= {"seek_seconds": max(seeks), "peak_mb": max(peak["peak_mb"] for peak in peaks)}
+    figures |= {
+        "load_average": round(os.getloadavg()[0], 1),
+        "seek_seconds": max(seeks),
+        "peak_mb": max(peak["peak_mb"] for peak in peaks),
+    }
     for name, value in figures.items():
         print(f"{name:36} {value}")
     if options.json:
@@ -132,27 +137,57 @@ def _rows(start: int, stop: int) -> pa.Table:
 
 def _numbers(start: int, stop: int) -> dict[str, Any]:
     """The columns that the digest is made of. ``start`` is the first row of a shard."""
-    bits = _hashed(np.arange(start, stop, dtype=np.uint64))
-    image_length = 8192 + (bits >> np.uint64(20) & np.uint64(0xFFFF)).astype(np.int64) * 2
-    text_length = 20 + (bits >> np.uint64(8) & np.uint64(0x7F)).astype(np.int64)
-    image_size = BLOCK + -(-image_length // BLOCK) * BLOCK
-    text_size = BLOCK + -(-text_length // BLOCK) * BLOCK
-    ends = np.cumsum(image_size + text_size)
-    begins = ends - image_size - text_size
-    begins -= begins[::PER_SHARD].repeat(PER_SHARD)[: len(begins)]
-    return {
-        "id": (_hashed(bits) >> np.uint64(1)).astype(np.int64),
-        "image_offset": begins + BLOCK,
-        "image_length": image_length,
-        "text_offset": begins + image_size + BLOCK,
-        "text_length": text_length,
-        "row": np.full(stop - start, -1),
-    }
+    return {name: column(start, stop) for name, column in _DIGESTED.items()}
+
+
+def _bits(start: int, stop: int) -> np.ndarray:
+    return _hashed(np.arange(start, stop, dtype=np.uint64))
+
+
+def _ids(start: int, stop: int) -> np.ndarray:
+    return (_hashed(_bits(start, stop)) >> np.uint64(1)).astype(np.int64)
+
+
+def _image_lengths(start: int, stop: int) -> np.ndarray:
+    return 8192 + (_bits(start, stop) >> np.uint64(20) & np.uint64(0xFFFF)).astype(np.int64) * 2
+
+
+def _text_lengths(start: int, stop: int) -> np.ndarray:
+    return 20 + (_bits(start, stop) >> np.uint64(8) & np.uint64(0x7F)).astype(np.int64)
+
+
+def _image_offsets(start: int, stop: int) -> np.ndarray:
+    sizes = _in_tar(_image_lengths(start, stop)) + _in_tar(_text_lengths(start, stop))
+    begins = np.cumsum(sizes) - sizes
+    return begins - begins[::PER_SHARD].repeat(PER_SHARD)[: len(begins)] + BLOCK
+
+
+def _text_offsets(start: int, stop: int) -> np.ndarray:
+    return _image_offsets(start, stop) + _in_tar(_image_lengths(start, stop))
+
+
+def _no_rows(start: int, stop: int) -> np.ndarray:
+    return np.full(stop - start, -1)
+
+
+_DIGESTED = {
+    "id": _ids,
+    "image_offset": _image_offsets,
+    "image_length": _image_lengths,
+    "text_offset": _text_offsets,
+    "text_length": _text_lengths,
+    "row": _no_rows,
+}
+
+
+def _in_tar(lengths: np.ndarray) -> np.ndarray:
+    """Bytes of members with their header and padding."""
+    return BLOCK + -(-lengths // BLOCK) * BLOCK
 
 
 def _column(name: str, samples: int) -> Iterator[np.ndarray]:
     for start in range(0, samples, GROUP_ROWS):
-        yield _numbers(start, min(start + GROUP_ROWS, samples))[name]
+        yield _DIGESTED[name](start, min(start + GROUP_ROWS, samples))
 
 
 def _shard_ends(rows: pa.Table) -> np.ndarray:
@@ -191,43 +226,36 @@ def _child(what: str, folder: Path, samples: int, batch: int, seed: int) -> dict
     return dict(json.loads(done.stdout))
 
 
-def _opened(folder: str) -> Any:
-    with (Path(folder) / PAGES_FILE).open("rb") as file:  # the digest that the driver gives a worker with its plan
-        file.seek(-4096, os.SEEK_END)
-        digest = json.loads(b'{"digest"' + file.read().split(b'{"digest"')[1].rpartition(b"}")[0] + b"}")["digest"]
-    return digest
-
-
 def _seek(options: argparse.Namespace) -> dict[str, float]:
-    digest = _opened(options.keep)
     random = np.random.default_rng(options.seed)
     order = Order(options.samples, options.batch, seed=options.seed)
-    steps = random.integers(0, 10 * order.steps_per_epoch, 21).tolist()
-    started = time.perf_counter()
-    manifest = cached_manifest(options.keep, digest)
+    steps = random.integers(0, 10 * order.steps_per_epoch, 1 + OTHERS).tolist()
+    started, used = time.perf_counter(), time.process_time()
+    manifest = Manifest.load(options.keep, verify=False)
     opened = time.perf_counter() - started
-    times = []
+    times, cold_cpu = [], 0.0
     for step in [*steps, *steps[1:]]:
         begun = time.perf_counter()
         rows = order.local(step, 0, 1)
         rows = rows[rows != PADDING]
         table = manifest.take(rows)
         times.append(time.perf_counter() - begun)
+        cold_cpu = cold_cpu or time.process_time() - used
         assert table["key"].to_pylist() == _keys(rows).to_pylist()
     return {
         "open_seconds": opened,
         "cold_seconds": opened + times[0],
-        "other_step_seconds": statistics.median(times[1:21]),
-        "same_steps_again_seconds": statistics.median(times[21:]),
+        "cold_cpu_seconds": cold_cpu,
+        "warm_seconds": statistics.median(times[1 : 1 + OTHERS]),
+        "again_seconds": statistics.median(times[1 + OTHERS :]),
     }
 
 
 def _spans(options: argparse.Namespace) -> dict[str, float]:
-    digest = _opened(options.keep)
     order = Order(options.samples, options.batch)
     before = _resident_mb()
     started = time.perf_counter()
-    manifest = cached_manifest(options.keep, digest)
+    manifest = Manifest.load(options.keep, verify=False)
     looked_up, seconds = 0, []
     for number in range(options.spans):
         begun = time.perf_counter()

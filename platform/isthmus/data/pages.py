@@ -39,7 +39,7 @@ PAGE_ROWS = 512
 """A multiple of :data:`isthmus.data.order.CHUNK`, so that each chunk of a batch is in one page."""
 
 HELD_BYTES = 64 << 20
-"""Uncompressed pages that a reader keeps. A span of the default shuffle pool needs about half of it."""
+"""Uncompressed pages that a reader keeps. A span of the default shuffle pool needs about a third of it."""
 
 DIFFERENCES = ("image_offset", "text_offset", "meta_offset", "row")
 MAGIC = b"isthmus-pages-1\n"
@@ -47,7 +47,7 @@ MAGIC = b"isthmus-pages-1\n"
 _HEAD = struct.Struct("<II")
 _TAIL = struct.Struct("<II16s")
 _RUN = 64  # pages of one request of a pass over the whole
-_GROUP = 1024  # pages whose rows are taken together: bounds a look-up of very many rows
+_GROUP = 256  # pages whose rows are taken together: bounds a look-up of very many rows
 _READS = 8  # pages fetched at once
 
 
@@ -272,7 +272,7 @@ class Pages:
         for name in DIFFERENCES:
             column = self.schema.get_field_index(name)
             batch = batch.set_column(column, name, pa.array(np.cumsum(batch.column(column).to_numpy())))
-        return batch, size
+        return batch, size + 8 * len(batch) * len(DIFFERENCES)
 
     def _damaged(self, what: str) -> DataError:
         root = self.url.removesuffix(f"/{PAGES_FILE}")
