@@ -11,8 +11,8 @@ of its own that opens the manifest as a training worker does:
 - spans: all rows that a worker looks up for a run of the order's spans, 256 at a time as it reads them. ``peak_mb`` is
   the worst peak of resident memory over that before the manifest was opened.
 
-The default writes 10^8 rows in both forms, 4 GB, in a minute or two on an idle machine. 10^9 need 23 GB with
-``--pages-only``, which leaves out ``manifest.parquet``; workers do not open it where there are pages.
+The default writes 10^8 rows in both forms, some 4 GB. 10^9 need some 23 GB with ``--pages-only``, which leaves out
+``manifest.parquet``; workers do not open it where there are pages.
 
     python benchmarks/seek.py --json seek.json
     python benchmarks/seek.py --samples 1000000000 --pages-only --keep /scratch/manifest --json seek.json
