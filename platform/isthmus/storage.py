@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from pyarrow import fs as pafs
 from isthmus.errors import IsthmusError, StorageError, nearest
 
 T = TypeVar("T")
+
+_PIECE = 8 << 20
 
 _S3_VARIABLES = (
     "AWS_ENDPOINT_URL_S3",
@@ -105,6 +108,22 @@ def write_bytes(url: str, data: bytes) -> None:
     filesystem, path_text = resolve(url)
     with _translated(url), filesystem.open_output_stream(path_text) as sink:
         sink.write(data)
+
+
+def move_file(path: Path, url: str) -> None:
+    """Bring a file of this machine to ``url``; it is gone from ``path`` afterwards. To a local folder it is renamed, so
+    it must lie on the same disk; elsewhere it goes up piece by piece, and a reader that meets an upload which broke off
+    knows it by its size."""
+    if is_local(url):
+        with _translated(url):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(local_path(url))
+        return
+    filesystem, path_text = resolve(url)
+    with _translated(url), path.open("rb") as source, filesystem.open_output_stream(path_text) as sink:
+        shutil.copyfileobj(source, sink, _PIECE)
+    path.unlink()
 
 
 def list_files(url: str, suffixes: tuple[str, ...] = ()) -> list[tuple[str, int]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
-
 from isthmus import storage
 from isthmus.data.manifest import Manifest
 from isthmus.data.ranges import open_range
@@ -39,8 +37,8 @@ def check_shard(url: str, digest: str, number: int) -> list[Problem]:
         problems.insert(
             0, Problem(shard.name, 0, "", f"the content has changed ({scan.size} bytes, {shard.size} indexed)")
         )
-    rows = np.flatnonzero(manifest.table["shard"].to_numpy() == number)
-    for row, sample in zip(rows.tolist(), read_rows(manifest, rows), strict=True):
+    rows = manifest.rows_of(number)
+    for row, sample in zip(rows, read_rows(manifest, rows), strict=True):
         failure = sample if isinstance(sample, Failure) else None
         if isinstance(sample, RawSample):
             try:

@@ -1,8 +1,9 @@
 """The manifest: what a data set holds, sample by sample, with byte offsets and digests.
 
 ``index`` scans the shards below a folder once and writes ``manifest.parquet`` (one row per sample) and
-``manifest.json`` (schema version, digest, shards) beside them. Everything that reads data afterwards reads by the
-manifest's offsets, so no sample can be lost or repeated on the way, and "the data" of a run is one digest.
+``manifest.json`` (schema version, digest, shards) beside them, and of a large set ``manifest.pages``, the rows again in
+a form that gives any of them without the others. Everything that reads data afterwards reads by the manifest's offsets,
+so no sample can be lost or repeated on the way, and "the data" of a run is one digest.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus import storage
+from isthmus.data.assembly import Assembly
 from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found, find
+from isthmus.data.pages import PAGES_FILE, Pages
 from isthmus.data.parallel import map_ordered
-from isthmus.data.records import IMAGE_ID_COLUMN, URI, Problem
-from isthmus.data.reuse import Before, Part, joined, save_stamps, stamps_of
+from isthmus.data.records import IMAGE_ID_COLUMN, Problem
+from isthmus.data.reuse import Before, Part, save_stamps, stamps_of
+from isthmus.data.rows import Rows, Whole, image_ids
 from isthmus.data.scan import scan_shard
 from isthmus.data.uris import store_of
 from isthmus.errors import DataError
@@ -31,7 +34,7 @@ from isthmus.errors import DataError
 VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A file of samples. ``name`` is relative to the manifest's folder, or a whole URL; ``size`` is in bytes."""
 
@@ -45,50 +48,93 @@ class Shard:
 class Manifest:
     """An indexed data set.
 
+    Rows are asked for by number: ``take``, ``ids_of`` and so on read those rows alone where the set is large. The
+    properties ``table``, ``ids``, ``image_ids`` and ``image_bytes`` hold whole columns, 8 bytes a sample and more (the
+    table some 100); training and bulk jobs do without them.
+
     Attributes:
         root: URL of the folder.
         digest: sha256 over the shards' names, sizes and digests and over the table; independent of where it lies.
         shards: in the order that the column ``shard`` counts.
-        table: one row per sample, columns of :data:`isthmus.data.records.SCHEMA`, ordered by (shard, offset).
+        rows: one per sample, columns of :data:`isthmus.data.records.SCHEMA`, ordered by (shard, offset).
         images_from: further places of images that tables name, beside the store that ``root`` is in.
     """
 
     root: str
     digest: str
     shards: tuple[Shard, ...]
-    table: pa.Table
+    rows: Rows
     images_from: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
+
+    def take(self, numbers: Sequence[int] | np.ndarray) -> pa.Table:
+        """The rows ``numbers``, in that order. IndexError for a number that is no row's."""
+        return self.rows.take(numbers)
+
+    def ids_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Sample ids of rows, int64 [len(numbers)]."""
+        return self.rows.take(numbers, ["id"])["id"].to_numpy()
+
+    def image_ids_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Ids of the rows' images, int64 [len(numbers)]: equal where the data says so, else the sample's own id."""
+        return image_ids(self.rows.take(numbers, self._image_columns))
+
+    def image_bytes_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Sizes of the rows' encoded images, int64 [len(numbers)]; 0 where the index could not tell."""
+        return np.maximum(self.rows.take(numbers, ["image_length"])["image_length"].to_numpy(), 0)
+
+    @property
+    def _image_columns(self) -> list[str]:
+        return ["id", IMAGE_ID_COLUMN] if self.names_images else ["id"]
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(shard.samples for shard in self.shards)])
+
+    def rows_of(self, shard: int) -> range:
+        """Numbers of the rows of shard number ``shard``."""
+        return range(int(self._starts[shard]), int(self._starts[shard + 1]))
+
+    def shard_of(self, number: int) -> Shard:
+        """The shard of a row."""
+        return self.shards[int(np.searchsorted(self._starts, number, side="right")) - 1]
+
+    @functools.cached_property
+    def table(self) -> pa.Table:
+        """All rows, in memory."""
+        return self.rows.whole()
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        """Sample ids, int64 [len]."""
-        return self.table["id"].to_numpy()
+        """All sample ids, int64 [len]."""
+        return self.rows.column("id")
 
     @property
     def names_images(self) -> bool:
         """Whether it was written with the images' ids. Older ones were not; their digest is the same."""
-        return IMAGE_ID_COLUMN in self.table.column_names
+        return IMAGE_ID_COLUMN in self.rows.column_names
+
+    @property
+    def repeats_images(self) -> bool:
+        """Whether two samples have the same image id."""
+        return self.rows.repeated_images
 
     @functools.cached_property
     def image_ids(self) -> np.ndarray:
         """Id of each sample's image, int64 [len]: equal where the data says so, else the sample's own id."""
-        if not self.names_images:
-            return self.ids
-        return pc.coalesce(self.table[IMAGE_ID_COLUMN], self.table["id"]).to_numpy()
+        return image_ids(self.rows.whole(self._image_columns))
 
     @functools.cached_property
     def image_bytes(self) -> np.ndarray:
         """Size of each encoded image, int64 [len]; 0 where the index could not tell."""
-        return np.maximum(self.table["image_length"].to_numpy(), 0)
+        return np.maximum(self.rows.column("image_length"), 0)
 
-    @functools.cached_property
+    @property
     def captioned(self) -> int:
         """Samples that have a caption."""
-        texts = np.asarray(self.table["text_ext"].to_pandas() != "")
-        return int(texts.sum())
+        return self.rows.captioned
 
     def url(self, shard: int) -> str:
         """The URL of shard number ``shard``."""
@@ -119,15 +165,20 @@ class Manifest:
             header = json.loads(storage.read_bytes(header_url))
             version = header["version"]
             shards = tuple(Shard(**shard) for shard in header["shards"])
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(url, TABLE_FILE))))
+            rows = _rows(url, header)
         except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(f"The manifest of {url} is damaged: {error}.", "Index the folder again.") from error
         if version != VERSION:
             raise DataError(f"The manifest of {url} has version {version}, not {VERSION}.", "Index the folder again.")
-        manifest = cls(url, header["digest"], shards, table, tuple(header.get("images_from", ())))
-        if _digest(shards, table) != manifest.digest:
+        manifest = cls(url, header["digest"], shards, rows, tuple(header.get("images_from", ())))
+        # The digest is made of all rows; pages name the one that they belong to and need not be read for it.
+        whole = isinstance(rows, Whole)
+        if len(rows) != sum(shard.samples for shard in shards) or (
+            whole and digest_of(shards, lambda name: [rows.column(name)]) != manifest.digest
+        ):
             raise DataError(
-                f"{HEADER_FILE} and {TABLE_FILE} of {url} do not belong together.", "Index the folder again."
+                f"{HEADER_FILE} and {TABLE_FILE if whole else PAGES_FILE} of {url} do not belong together.",
+                "Index the folder again.",
             )
         if verify:
             manifest._verify_sizes()
@@ -208,27 +259,37 @@ def index(
     rules = {"captions": captions}
     before = Before() if fresh else Before.load(root, rules)
     stamps = stamps_of(found)
-    kept = {file.name: part for file in found if (part := before.part(file, stamps[file.name]))}
+    kept = {file.name for file in found if before.knows(file, stamps[file.name])}
     scan = functools.partial(_scan, need_captions=captions == "required", places=(own, *more))
-    rest = [file for file in found if file.name not in kept]
-    kept |= {part.name: part for part in map_ordered(scan, rest, label="Indexing")}
-    parts = [part for file in found if not (part := kept[file.name]).passed_over]
-    problems = tuple(problem for part in parts for problem in part.problems)
-    shards = tuple(Shard(part.name, part.size, len(part.table), part.digest) for part in parts)
-    table = joined(parts)
-    if not len(table):
-        raise DataError(
-            f"None of the {len(parts)} shard(s) of {root} holds a usable sample. {_first(problems)}",
-            "A sample is an image and a caption of one name (KEY.jpg, KEY.txt); `--images-only` takes images alone."
-            if any("no caption" in p.reason for p in problems)
-            else "Mend or remove these shards.",
-        )
-    _refuse_collisions(table, shards)
-    digest = _digest(shards, table)
-    stamps = {part.name: stamps[part.name] if part.final else "" for part in parts}
-    _write(root, shards, table, digest, problems, more, stamps, rules)
+    scanned = map_ordered(scan, [file for file in found if file.name not in kept], label="Indexing")
+    shards: list[Shard] = []
+    problems: list[Problem] = []
+    settled: dict[str, str] = {}
+    with Assembly(root) as rows:
+        for file in found:
+            part = before.part(file.name) if file.name in kept else next(scanned)
+            part = part or scan(file)  # the rows that were to be kept cannot be read
+            if part.passed_over:
+                continue
+            rows.add(part.table, len(shards))
+            shards.append(Shard(part.name, part.size, len(part.table), part.digest))
+            problems += part.problems
+            settled[part.name] = stamps[part.name] if part.final else ""
+        next(scanned, None)  # lets the progress bar end
+        rows.complete()
+        if not rows.rows:
+            raise DataError(
+                f"None of the {len(shards)} shard(s) of {root} holds a usable sample. {_first(problems)}",
+                "A sample is an image and a caption of one name (KEY.jpg, KEY.txt); `--images-only` takes images alone."
+                if any("no caption" in p.reason for p in problems)
+                else "Mend or remove these shards.",
+            )
+        _refuse_collisions(rows, shards)
+        digest = digest_of(shards, rows.column)
+        header = header_of(shards, rows.rows, digest, problems, more if rows.names_files else ())
+        _write(root, rows, header, settled, rules)
     return IndexReport(
-        len(table), len(shards), problems, digest, reused=len(found) - len(rest), passed_over=len(found) - len(parts)
+        rows.rows, len(shards), tuple(problems), digest, reused=len(kept), passed_over=len(found) - len(shards)
     )
 
 
@@ -252,53 +313,60 @@ def _scan(file: Found, need_captions: bool, places: Sequence[str]) -> Part:
     return Part.of(scan_shard(file.url, file.name, need_captions, places, file.beside_tar))
 
 
-def _refuse_collisions(table: pa.Table, shards: Sequence[Shard]) -> None:
-    ids = table["id"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    twins = np.flatnonzero(np.diff(ids[order]) == 0)
-    if not len(twins):
-        return
-    names = [
-        f"{shards[table['shard'][int(row)].as_py()].name}/{table['key'][int(row)].as_py()}"
-        for row in (order[twins[0]], order[twins[0] + 1])
-    ]
-    raise DataError(f"The samples {names[0]} and {names[1]} have the same id.", "Rename one of the shards.")
+def _rows(url: str, header: dict[str, Any]) -> Rows:
+    if (pages := header.get("pages")) is not None:
+        return Pages(storage.join(url, PAGES_FILE), header["digest"], pages)
+    return Whole(pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(url, TABLE_FILE)))))
 
 
-def _digest(shards: Sequence[Shard], table: pa.Table) -> str:
+def _refuse_collisions(rows: Assembly, shards: Sequence[Shard]) -> None:
+    if twins := rows.twins():
+        names = [f"{shards[row['shard']].name}/{row['key']}" for row in twins]
+        raise DataError(f"The samples {names[0]} and {names[1]} have the same id.", "Rename one of the shards.")
+
+
+def digest_of(shards: Sequence[Shard], column: Callable[[str], Iterable[np.ndarray]]) -> str:
+    """The digest of a manifest.
+
+    Args:
+        shards: all of them.
+        column: the pieces of a column of the table, by its name.
+    """
     state = hashlib.sha256(json.dumps([VERSION, [asdict(shard) for shard in shards]]).encode())
     for name in ("id", "image_offset", "image_length", "text_offset", "text_length", "row"):
-        state.update(np.ascontiguousarray(table[name].to_numpy(), dtype="<i8").tobytes())
+        for piece in column(name):
+            state.update(np.ascontiguousarray(piece, dtype="<i8").data)
     return state.hexdigest()
 
 
-def _write(
-    root: str,
+def header_of(
     shards: Sequence[Shard],
-    table: pa.Table,
+    samples: int,
     digest: str,
-    problems: Sequence[Problem],
-    images_from: Sequence[str],
-    stamps: dict[str, str],
-    rules: dict[str, Any],
-) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
-    table_bytes = sink.getvalue().to_pybytes()
+    problems: Sequence[Problem] = (),
+    images_from: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What stands in ``manifest.json``; of a large set ``pages`` is added."""
     header: dict[str, Any] = {
         "version": VERSION,
         "digest": digest,
-        "samples": len(table),
+        "samples": samples,
         "shards": [asdict(shard) for shard in shards],
         "problems": [asdict(problem) for problem in problems],
     }
-    if images_from and pc.any(pc.equal(table["image_ext"], URI)).as_py():
+    if images_from:
         header["images_from"] = list(images_from)
-    header_bytes = json.dumps(header, indent=1).encode()
+    return header
+
+
+def _write(root: str, rows: Assembly, header: dict[str, Any], stamps: dict[str, str], rules: dict[str, Any]) -> None:
     storage.make_dirs(root)
     # The header goes last and names the table's digest: a reader between the two writes is told, not misled.
-    storage.write_bytes(storage.join(root, TABLE_FILE), table_bytes)
+    more, table_bytes = rows.write(header["digest"])
+    header_bytes = json.dumps(header | more, indent=1).encode()
     storage.write_bytes(storage.join(root, HEADER_FILE), header_bytes)
+    if not more:
+        storage.delete(storage.join(root, PAGES_FILE))  # of a time when there were more rows
     save_stamps(root, stamps, rules, header_bytes, table_bytes)
 
 

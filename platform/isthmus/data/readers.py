@@ -100,7 +100,7 @@ def _read_window(manifest: Manifest, rows: Sequence[int], head: int | None) -> l
 
 
 def _records(manifest: Manifest, rows: Sequence[int]) -> list[dict[str, Any]]:
-    return manifest.table.take(pa.array(rows, pa.int64())).to_pylist()
+    return manifest.take(rows).to_pylist()
 
 
 Piece = tuple[int, int, int]

@@ -8,9 +8,10 @@ only with the very manifest they were written with, and only for the same rules:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from pyarrow import fs as pafs
 
 from isthmus import storage
 from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found
+from isthmus.data.pages import PAGES_FILE, Pages
 from isthmus.data.records import SCHEMA, Problem, Scan
 from isthmus.errors import IsthmusError
 
@@ -85,16 +87,35 @@ def _stamp(url: str, now: float) -> str:
 
 @dataclass(frozen=True)
 class Before:
-    """The last index of a folder. ``parts`` are its shards that may be kept, by name, with their stamps."""
+    """The last index of a folder.
 
-    parts: dict[str, Part] = field(default_factory=dict)
+    Attributes:
+        shards: its entries of ``manifest.json``, by name.
+        starts: number of each shard's first row.
+        faults: by shard.
+        stamps: by shard, "" where there was none.
+        slice: (number of the first row, rows) -> those rows.
+    """
+
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, list[Problem]] = field(default_factory=dict)
     stamps: dict[str, str] = field(default_factory=dict)
+    slice: Callable[[int, int], pa.Table] = SCHEMA.empty_table().slice
 
-    def part(self, file: Found, stamp: str) -> Part | None:
-        """What the last index found in a file, or None where it must be read."""
-        part = self.parts.get(file.name)
-        same = part is not None and stamp != "" and (part.size, self.stamps[file.name]) == (file.size, stamp)
-        return part if same else None
+    def knows(self, file: Found, stamp: str) -> bool:
+        """Whether a file is as the last index found it."""
+        shard = self.shards.get(file.name)
+        return shard is not None and stamp != "" and (shard["size"], self.stamps.get(file.name)) == (file.size, stamp)
+
+    def part(self, name: str) -> Part | None:
+        """What the last index found in a file that it knows, or None where that can no longer be read."""
+        shard = self.shards[name]
+        try:
+            rows = self.slice(self.starts[name], shard["samples"]).cast(SCHEMA)
+        except IsthmusError:
+            return None
+        return Part(name, shard["size"], shard["digest"], rows, tuple(self.faults.get(name, ())), final=True)
 
     @classmethod
     def load(cls, root: str, rules: dict[str, Any]) -> Before:
@@ -102,16 +123,42 @@ class Before:
         try:
             notes = json.loads(storage.read_bytes(storage.join(root, STAMPS_FILE)))
             header_bytes = storage.read_bytes(storage.join(root, HEADER_FILE))
-            table_bytes = storage.read_bytes(storage.join(root, TABLE_FILE))
+            header = json.loads(header_bytes)
+            pages = header.get("pages")
+            table_bytes = b"" if pages else storage.read_bytes(storage.join(root, TABLE_FILE))
             if notes["rules"] != _rules(rules) or notes["of"] != _digests(header_bytes, table_bytes):
                 return cls()
-            return cls(_parts(json.loads(header_bytes), table_bytes, notes["stamps"]), notes["stamps"])
+            take = _slice_of(table_bytes) if not pages else _slice_of_pages(root, header)
+            shards = header["shards"]
+            starts = itertools.accumulate((shard["samples"] for shard in shards), initial=0)
+            faults: dict[str, list[Problem]] = {}
+            for problem in header["problems"]:
+                faults.setdefault(problem["shard"], []).append(Problem(**problem))
+            names = [shard["name"] for shard in shards]
+            return cls(
+                dict(zip(names, shards, strict=True)),
+                dict(zip(names, starts, strict=False)),
+                faults,
+                notes["stamps"],
+                take,
+            )
         except (IsthmusError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
             return cls()
 
 
+def _slice_of(table_bytes: bytes) -> Callable[[int, int], pa.Table]:
+    table: pa.Table = pq.read_table(pa.BufferReader(table_bytes)).cast(SCHEMA)
+    return table.slice
+
+
+def _slice_of_pages(root: str, header: dict[str, Any]) -> Callable[[int, int], pa.Table]:
+    """Pages name the digest of the manifest that they belong to, and each is checked as it is read."""
+    pages = Pages(storage.join(root, PAGES_FILE), header["digest"], header["pages"])
+    return lambda start, rows: pa.Table.from_batches(pages.batches(start, start + rows), pages.schema)
+
+
 def save_stamps(root: str, stamps: dict[str, str], rules: dict[str, Any], header: bytes, table: bytes) -> None:
-    """Note the stamps that belong to a manifest's two files."""
+    """Note the stamps that belong to a manifest's two files. ``table`` is b"" where the rows are in pages as well."""
     notes = {"rules": _rules(rules), "of": _digests(header, table), "stamps": stamps}
     storage.write_bytes(storage.join(root, STAMPS_FILE), json.dumps(notes, indent=1).encode())
 
@@ -122,29 +169,3 @@ def _rules(rules: dict[str, Any]) -> dict[str, Any]:
 
 def _digests(header: bytes, table: bytes) -> list[str]:
     return [hashlib.sha256(data).hexdigest() for data in (header, table)]
-
-
-def _parts(header: dict[str, Any], table_bytes: bytes, stamps: dict[str, str]) -> dict[str, Part]:
-    table = pq.read_table(pa.BufferReader(table_bytes)).cast(SCHEMA)
-    faults: dict[str, list[Problem]] = {}
-    for problem in header["problems"]:
-        faults.setdefault(problem["shard"], []).append(Problem(**problem))
-    parts, start = {}, 0
-    for shard in header["shards"]:
-        rows = table.slice(start, shard["samples"])
-        start += shard["samples"]
-        if stamps.get(shard["name"]):
-            problems = tuple(faults.get(shard["name"], ()))
-            parts[shard["name"]] = Part(shard["name"], shard["size"], shard["digest"], rows, problems, final=True)
-    return parts
-
-
-def joined(parts: Sequence[Part]) -> pa.Table:
-    """The rows of all shards, numbered by their place in ``parts``; in one piece, so that equal rows are equal bytes
-    however they were come by."""
-    column = SCHEMA.get_field_index("shard")
-    numbered = [
-        part.table.set_column(column, SCHEMA.field("shard"), pa.repeat(pa.scalar(number, pa.int32()), len(part.table)))
-        for number, part in enumerate(parts)
-    ]
-    return pa.concat_tables([SCHEMA.empty_table(), *numbered]).combine_chunks()

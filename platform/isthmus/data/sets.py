@@ -75,14 +75,14 @@ class Sets:
         """Size of each encoded image, int64 in the shape of ``rows``; 0 for padding."""
         sizes = np.zeros(rows.shape, np.int64)
         for number, here, own in self.by_set(rows):
-            sizes[here] = self.manifests[number].image_bytes[own]
+            sizes[here] = self.manifests[number].image_bytes_of(own)
         return sizes
 
     def image_ids(self, rows: np.ndarray) -> np.ndarray:
         """Id of each sample's image, int64 in the shape of ``rows``, distinct between sets; -1 for padding."""
         ids = np.full(rows.shape, -1, np.int64)
         for number, here, own in self.by_set(rows):
-            ids[here] = self.manifests[number].image_ids[own] ^ self._salts[number]
+            ids[here] = self.manifests[number].image_ids_of(own) ^ self._salts[number]
         return ids
 
     def read(self, rows: np.ndarray) -> Iterator[RawSample | Failure]:

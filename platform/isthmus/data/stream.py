@@ -16,7 +16,7 @@ import numpy as np
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Collate, Sample, Stage
-from isthmus.data.local import LocalRows, Plan, Unaugmented, failures, spans_of, to_batch, to_sample
+from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, spans_of, to_batch, to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
@@ -107,7 +107,7 @@ def _check_images(manifest: Manifest, rank: int) -> None:
             "indexed before the index named images.",
             f"Run `isthmus data index {manifest.root}` again; its digest stays, and so do feature caches of it.",
         )
-    if rank == 0 and len(np.unique(manifest.image_ids)) == len(manifest):
+    if rank == 0 and not manifest.repeats_images:
         log.warning(
             "itc_same_image has no effect on %s: no two of its samples have the same 'image_id' (a field of the JSON "
             "member, a Parquet column).",
@@ -242,7 +242,7 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
 
 def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
     reason = "the image was unreadable when it was encoded"
-    found = zip(rows, map(cache.get, manifest.ids[rows].tolist()), strict=True)
+    found = zip(rows, map(cache.get, manifest.ids_of(rows).tolist()), strict=True)
     return [failure_of(manifest, row, reason) if sample is None else sample for row, sample in found]
 
 

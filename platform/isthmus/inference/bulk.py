@@ -20,7 +20,7 @@ from isthmus.errors import DataError
 from isthmus.inference.cluster import connect
 from isthmus.inference.commits import Chunk, Job, Ledger, Quarantined, chunks
 from isthmus.inference.pool import Open, Pool
-from isthmus.inference.rows import from_failure
+from isthmus.inference.rows import Ids, from_failure
 from isthmus.progress import Tracker, progress
 
 TOLERATED = 3
@@ -99,7 +99,7 @@ def run_bulk(
         _refuse_too_many(bad, allowance, len(manifest), out)
         if left:
             _run_chunks(left, ledger, open_work, give, tracker, bad, allowance, len(manifest), len(plan))
-    rows, quarantined = ledger.reconcile(plan, manifest.ids)
+    rows, quarantined = ledger.reconcile(plan, Ids(manifest))
     if rows + len(quarantined) != len(manifest):
         raise DataError(f"{out} holds {rows} rows and {len(quarantined)} quarantined of {len(manifest)} images.")
     seconds = time.monotonic() - started

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,12 @@ QUARANTINE_SCHEMA = pa.schema(
         ("digest", pa.string()),
     ]
 )
+
+
+class Slices(Protocol):
+    """A sequence of ids of which runs are asked for."""
+
+    def __getitem__(self, rows: slice, /) -> Sequence[int] | np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -232,12 +238,12 @@ class Ledger:
         """Deletes a commit record: the chunk counts as never done."""
         storage.delete(self._commit_url(index))
 
-    def reconcile(self, plan: Sequence[Chunk], ids: Sequence[int] | np.ndarray) -> tuple[int, list[Quarantined]]:
+    def reconcile(self, plan: Sequence[Chunk], ids: Slices) -> tuple[int, list[Quarantined]]:
         """Reads every part back and balances it against the manifest.
 
         Args:
             plan: all chunks of the job.
-            ids: the manifest's ids in row order.
+            ids: the manifest's ids in row order; slices of them are asked for.
 
         Returns:
             (rows in parts, quarantined images in manifest order).

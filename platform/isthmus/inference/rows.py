@@ -22,12 +22,10 @@ class Rows:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._ids = manifest.ids
-        self._shard = manifest.table["shard"].to_numpy()
 
     def ids(self, rows: Sequence[int]) -> list[int]:
         """int64 ids of the rows."""
-        return [int(i) for i in self._ids[np.asarray(rows, dtype=np.int64)]]
+        return self._manifest.ids_of(rows).tolist()
 
     def shards(self, ids: Sequence[int], rows: Sequence[int]) -> list[str]:
         """Shard names of ``ids``, all of which are among ``rows``."""
@@ -36,7 +34,7 @@ class Rows:
 
     def shard(self, row: int) -> str:
         """Name of the shard that holds a row."""
-        return self._manifest.shards[int(self._shard[row])].name
+        return self._manifest.shard_of(row).name
 
     def blame(self, row: int, reason: str) -> Quarantined:
         """The quarantine entry of a row that was given up without having been read."""
@@ -54,6 +52,16 @@ class Rows:
                 "repeats some of them.",
                 "Is the data set being rewritten? Index it again once it is at rest.",
             )
+
+
+class Ids:
+    """The ids of a manifest by slices of row numbers, each read when it is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._manifest.ids_of(range(*rows.indices(len(self._manifest))))
 
 
 def from_failure(failure: Failure) -> Quarantined:

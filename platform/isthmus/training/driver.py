@@ -101,9 +101,10 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
 def _run_trainer(run: RunConfig, job: Job) -> None:
     """Ray Train's own records of a try are of no use afterwards (checkpoints are ours), so they are thrown away."""
     import ray
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import ScalingConfig  # as ray.train.ScalingConfig is, but to type checkers
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu = run.cluster.gpus_per_worker > 0

@@ -41,13 +41,13 @@ class Pair:
 
 
 def contact_sheet(
-    stage: Stage, batch: Batch, count: int, *, data: str, autocast: str | None, whole: bool
+    stage: Stage, batch: Batch, count: int, *, data: str | None, autocast: str | None, whole: bool
 ) -> dict[str, bytes]:
     """A PNG and the same as JSON, by the end of their names. Call it on one rank, behind the last step.
 
     Args:
         batch: this rank's last. count: pairs at most.
-        data: URL of the data set, for images that the batch holds as features only.
+        data: URL of the data set, for images that the batch holds as features only; without it they are not shown.
         autocast: type of device to compute on in bf16, or None.
         whole: whether parameters are whole; where they are partitioned (ZeRO 3) the model is not asked.
     """
@@ -134,8 +134,10 @@ def _seen(stage: Stage, batch: Batch, rows: Tensor) -> list[Image.Image | None]:
     return [Image.fromarray((image.clip(0.0, 1.0) * 255.0).astype(np.uint8)) for image in pixels_BHWC]
 
 
-def _stored(data: str, ids: Sequence[int]) -> list[Image.Image | None]:
+def _stored(data: str | None, ids: Sequence[int]) -> list[Image.Image | None]:
     """Images as they are stored; None for one that cannot be read now."""
+    if data is None:
+        return [None] * len(ids)
     from isthmus.data.manifest import Manifest
     from isthmus.data.readers import RawSample, read_rows
     from isthmus.data.transforms import DecodeError, decode_image

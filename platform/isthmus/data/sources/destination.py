@@ -63,7 +63,7 @@ def make_room(out: str, request: Mapping[str, Any]) -> None:
     for path in _shards(out):
         storage.delete(storage.join(out, path))
     for name in SPLITS:
-        for stale in ("manifest.parquet", "manifest.json"):
+        for stale in ("manifest.parquet", "manifest.pages", "manifest.json"):
             storage.delete(storage.join(out, name, stale))
 
 
