@@ -22,6 +22,7 @@ from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, to_b
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, Order
 from isthmus.data.parallel import ray_is_up, store_environment
+from isthmus.data.pixels import training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
@@ -186,8 +187,10 @@ def _image_rows(
     encoding: Encoding | None,
 ) -> tuple[Iterable[LocalRows], Sample]:
     size = int(stage.image_spec["image_size"])
-    augment = stage.augment if data.augment else Unaugmented(stage.transform)
-    plan = Plan(data.train, manifest.digest, order, rank, world, seed, augment, size, environment=store_environment())
+    pixels = training_pixels(stage, data)
+    augment = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
+    environment = store_environment()
+    plan = Plan(data.train, manifest.digest, order, rank, world, seed, augment, size, environment, pixels)
     blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
@@ -210,7 +213,7 @@ def _on_threads(
     plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
     raw = (rows for span in _spans(plan.order, steps) for rows in plan.read(span))
-    decoded = map_ahead(plan.decode, ahead(raw, prefetch), workers, prefetch)
+    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows)), ahead(raw, prefetch), workers, prefetch)
     return decoded if encoding is None else map(StepEncoder(encoding), decoded)
 
 
@@ -260,7 +263,7 @@ def _pipeline(
     if encoding is not None:
         dataset = dataset.map(
             _EncodeRow,  # type: ignore[arg-type]  # an actor class, which Ray takes as well
-            fn_constructor_args=(encoding,),
+            fn_constructor_args=(encoding, plan),
             compute=ray.data.ActorPoolStrategy(size=encoding.actors),
             num_cpus=encoding.cpus,
             num_gpus=encoding.gpus,
@@ -272,7 +275,7 @@ def _pipeline(
             local = _unpacked({name: column[number] for name, column in block.items()})
             if local.step != next(expected, None):
                 raise DataError(f"Ray Data delivered step {local.step} out of order.", "Report this as a fault.")
-            yield local
+            yield local if local.encoder else plan.finish(local)
 
 
 def _stored(step: int, rest: Any) -> pa.Table:
@@ -282,12 +285,12 @@ def _stored(step: int, rest: Any) -> pa.Table:
 class _EncodeRow:
     """A Ray Data actor around :class:`StepEncoder`."""
 
-    def __init__(self, encoding: Encoding) -> None:
-        self._encode = StepEncoder(encoding, alone=True)
+    def __init__(self, encoding: Encoding, plan: Plan) -> None:
+        self._encode, self._plan = StepEncoder(encoding, alone=True), plan
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return _packed(self._encode(_unpacked(row)))
+            return _packed(self._encode(self._plan.finish(_unpacked(row))))
         except IsthmusError as error:
             return _row(int(row["step"]), np.zeros(0, np.float32), error)
 
@@ -313,7 +316,7 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
         raise rest
     heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
-    arrays = iter(np.asarray(row["array"], np.float32).reshape(tuple(row["shape"])))
+    arrays = iter(np.asarray(row["array"]).reshape(tuple(row["shape"])))
     rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
     return LocalRows(int(row["step"]), tuple(rows), encoder, again)
 
