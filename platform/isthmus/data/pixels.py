@@ -29,8 +29,9 @@ class TrainingPixels:
         transform: crop, size and normalisation.
         augment: False takes the plain image, resized by Pillow as for evaluation and caches.
         resize: what makes a crop's pixels. ``torch`` takes a quarter of the time of ``pillow``. It rounds its weights
-            to 16 bits: one level of 255 apart, in one pixel of a hundred. And it sees the crop alone, as torchvision's
-            RandomResizedCrop does, where Pillow also weighs in the pixels around it: more levels along the edges.
+            to 16 bits, and so one pixel of a hundred is a level of 255 apart, two where an image is enlarged. And it
+            sees the crop alone, as torchvision's RandomResizedCrop does, where Pillow also weighs in the pixels around
+            it: more levels along the edges.
     """
 
     transform: ImageTransform
@@ -66,8 +67,8 @@ def training_pixels(stage: Stage, data: DataConfig) -> TrainingPixels | None:
 def resized_by_torch(image: Image.Image, box: Box, size: int, interpolation: str) -> np.ndarray:
     """``box`` of an RGB image as uint8 [size, size, 3]; what lies outside of it does not count."""
     left, top, right, bottom = box
-    # One copy by NumPy: torch would make it itself, with threads of its own beside those that decode.
-    crop_HWC = np.ascontiguousarray(_pixels_of(image)[top:bottom, left:right])
+    # Copied by NumPy, for torch would copy it with threads of its own beside those that decode.
+    crop_HWC = _pixels_of(image)[top:bottom, left:right].copy()
     crop_1CHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None]
     out_1CHW = torch.nn.functional.interpolate(crop_1CHW, size=(size, size), mode=interpolation, antialias=True)
     out_HWC: np.ndarray = out_1CHW[0].permute(1, 2, 0).numpy()

@@ -189,8 +189,10 @@ def _image_rows(
     size = int(stage.image_spec["image_size"])
     pixels = training_pixels(stage, data)
     augment = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
-    environment = store_environment()
-    plan = Plan(data.train, manifest.digest, order, rank, world, seed, augment, size, environment, pixels)
+    plan = Plan(
+        data.train, manifest.digest, order, rank, world, seed, augment, size,
+        environment=store_environment(), pixels=pixels,
+    )  # fmt: skip
     blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
