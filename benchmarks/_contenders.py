@@ -28,7 +28,6 @@ from isthmus.data.pixels import TrainingPixels
 from isthmus.data.readers import Failure, RawSample, read_rows
 from isthmus.data.stream import train_batches
 from isthmus.data.transforms import ImageTransform, decode_image
-from isthmus.methods.batching import stack
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -85,6 +84,8 @@ def ours(setting: Setting) -> Contender:
 
 
 def _stacked(samples: Sequence[Sample], epoch: int, step: int) -> Batch:
+    from isthmus.methods.batching import stack  # here, for it brings in every method, and most contenders need none
+
     return Batch(**stack(samples, step, epoch))
 
 

@@ -33,10 +33,10 @@ def data_wait(setting: Setting, scratch: Path) -> dict[str, float]:
 def _recipe(url: str, scratch: Path) -> dict[str, Any]:
     shape = QFormerConfig(layers=2, width=384, heads=12, feed_forward=1536, queries=4, embed=256)
     vision = VisionConfig(name="tf_efficientnet_lite0", weights="random", image_size=192, layer=-1)
-    method = Blip2Stage1Config(vision=vision, text=tiny_bert(scratch / "bert"), qformer=shape)
+    method = Blip2Stage1Config(vision=vision, text=tiny_bert(scratch / "bert", width=384, heads=12), qformer=shape)
     return {
         "name": "ingest",
-        "method": method.model_dump(mode="json"),
+        "method": method,
         "data": {"train": url, "placement": "inline", "max_cut_share": 1.0},
         "train": {
             "steps": STEPS, "global_batch": BATCH, "lr": 1e-4, "log_every": LOG_EVERY, "checkpoint_every": STEPS,

@@ -41,7 +41,13 @@ def test_contenders_that_give_other_pixels_are_noticed(ingest) -> None:
 
 
 def test_ratios_take_webdatasets_better_way(ingest) -> None:
-    cost = {"ours": 1.0, "webdataset_pil": 3.0, "webdataset_tensor": 2.0, "webdataset_our_decoder": 1.5, "bare_loop": 0.9}
+    cost = {
+        "ours": 1.0,
+        "webdataset_pil": 3.0,
+        "webdataset_tensor": 2.0,
+        "webdataset_our_decoder": 1.5,
+        "bare_loop": 0.9,
+    }
     cost |= {"ours_on_ray": 2.0, "ray_read_webdataset": 5.0}
     found = ingest._ratios({f"local_{name}_cpu_s_per_image": value for name, value in cost.items()})
     expected = {
