@@ -114,7 +114,8 @@ def our_pixels(data: bytes, transform: ImageTransform, seed: int) -> np.ndarray:
 
 
 def webdataset(setting: Setting, decoder: str) -> Contender:
-    """webdataset and torch's DataLoader: worker processes that stay, batches made in the workers, no shuffling.
+    """webdataset and torch's DataLoader: worker processes that stay (none with one worker), which make the batches; no
+    shuffling.
 
     ``decoder`` is ``pil`` (its PIL images and torchvision's transforms of those), ``tensor`` (its uint8 arrays and
     torchvision's transforms of uint8 tensors, the way that torchvision recommends for speed), or ``ours`` (this
@@ -132,7 +133,8 @@ def webdataset(setting: Setting, decoder: str) -> Contender:
         stream = stream.map(functools.partial(_theirs_of, transform=transform))
     stream = stream.batched(setting.batch, collation_fn=torch.stack, partial=False)
     workers = min(setting.workers, len(setting.shards))
-    loader = DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=True, prefetch_factor=4)
+    processes = {"num_workers": workers, "persistent_workers": True, "prefetch_factor": 4} if workers > 1 else {}
+    loader = DataLoader(stream, batch_size=None, **processes)
     return lambda: itertools.islice(iter(loader), setting.images // setting.batch)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -92,20 +93,30 @@ def main() -> None:
 
 
 def _setting(scratch: Path, options: argparse.Namespace) -> Setting:
-    folder = options.data
-    if folder is None:
+    if options.data is None:
         folder = str(write_photos(scratch / "photos", options.images, max(1, options.images // 16)))
-    if not storage.exists(storage.join(folder, "manifest.parquet")):
-        index(folder, str(scratch / "index") if options.data else None, captions="optional")
-        folder = str(scratch / "index") if options.data else folder
+        index(folder)
+    else:
+        folder = str(scratch / "index")
+        index(_some_tars(options.data, options.images), folder, captions="optional")
     manifest = Manifest.load(folder)
     shards = tuple(manifest.url(number) for number in range(len(manifest.shards)))
-    if not all(name.endswith(".tar") for name in shards):
-        sys.exit(f"{folder} has other shards than tars, which webdataset cannot read.")
-    images = min(len(manifest), options.images) // options.batch * options.batch
+    images = len(manifest) // options.batch * options.batch
     if not images:
-        sys.exit(f"{folder} holds {len(manifest)} images, less than a batch of {options.batch}.")
+        sys.exit(f"{options.data or 'The set'} has {len(manifest)} images, less than a batch of {options.batch}.")
     return Setting(folder, shards, images, options.batch, options.size, options.workers)
+
+
+def _some_tars(folder: str, images: int) -> list[str]:
+    """The first tars that hold so many images. Whole ones: nobody is to read what does not count."""
+    tars = [url for url, _ in storage.list_files(folder, (".tar",))] if storage.is_local(folder) else []
+    taken, found = [], 0
+    for tar in itertools.takewhile(lambda _: found < images, tars):
+        with tempfile.TemporaryDirectory() as place:
+            index([tar], place, captions="optional")
+            found += len(Manifest.load(place))
+        taken.append(tar)
+    return taken or sys.exit(f"{folder} is no local folder with tars.")
 
 
 def _uploaded(local: Setting, url: str) -> Setting:
@@ -303,7 +314,7 @@ def _print(figures: Mapping[str, Any], skipped: Sequence[str]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="URL", help="a folder of tars; without it photographs are drawn")
+    parser.add_argument("--data", metavar="FOLDER", help="a local folder of tars; without it photographs are drawn")
     parser.add_argument("--images", type=int, default=2048, help="at most so many (2048)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import functools
 import importlib.util
 import json
+import multiprocessing
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from isthmus.testing.shards import make_dataset
 
 
 @pytest.fixture
@@ -18,11 +27,31 @@ def ingest(repository: Path, monkeypatch: pytest.MonkeyPatch):
     return ingest
 
 
+@contextlib.contextmanager
+def in_a_thread(serve: Any, group: str, names: Any, settings: Any) -> Iterator[Any]:
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=serve, args=(theirs, group, settings), daemon=True)
+    thread.start()
+
+    def ask(question: tuple[str, str]) -> Any:
+        ours.send(question)
+        answer = ours.recv()
+        assert not isinstance(answer, str), answer
+        return answer
+
+    yield names, ask
+    ours.close()
+    thread.join(timeout=10)
+
+
 def test_tiny_run(ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     there = importlib.util.find_spec("webdataset") is not None
     out = tmp_path / "out.json"
     arguments = ["--images", "16", "--batch", "4", "--size", "32", "--rounds", "1", "--workers", "1", "--no-s3"]
     only = ["--only", "bare_loop", "ours", "webdataset_tensor"]
+    monkeypatch.setattr(
+        ingest, "_host", functools.partial(in_a_thread, ingest._serve)
+    )  # processes take seconds to start
     monkeypatch.setattr(sys, "argv", ["ingest.py", *arguments, "--no-wait", *only, "--json", str(out)])
     ingest.main()
     figures = json.loads(out.read_text())
@@ -62,3 +91,13 @@ def test_drawn_photographs_are_the_same_every_time(ingest) -> None:
     from _photos import photo
 
     assert photo(3) == photo(3) != photo(4)
+
+
+def test_tars_of_ones_own_are_taken_whole_until_there_are_enough(ingest, tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", 20, per_shard=4)
+    options = argparse.Namespace(data=str(data), images=10, batch=5, size=32, workers=1)
+    setting = ingest._setting(tmp_path, options)
+    assert [Path(shard).name for shard in setting.shards] == [f"shard-{n:05d}.tar" for n in range(3)]
+    assert setting.images == 10 and not list(data.glob("manifest*"))
+    with pytest.raises(SystemExit, match="no local folder with tars"):
+        ingest._setting(tmp_path, argparse.Namespace(**{**vars(options), "data": str(tmp_path / "index")}))
