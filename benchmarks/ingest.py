@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -111,7 +110,9 @@ def _some_tars(folder: str, images: int) -> list[str]:
     """The first tars that hold so many images. Whole ones: nobody is to read what does not count."""
     tars = [url for url, _ in storage.list_files(folder, (".tar",))] if storage.is_local(folder) else []
     taken, found = [], 0
-    for tar in itertools.takewhile(lambda _: found < images, tars):
+    for tar in tars:
+        if found >= images:
+            break
         with tempfile.TemporaryDirectory() as place:
             index([tar], place, captions="optional")
             found += len(Manifest.load(place))
