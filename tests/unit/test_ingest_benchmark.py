@@ -60,7 +60,7 @@ def test_tiny_run(ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert figures["ratio_vs_bare_loop"] == pytest.approx(floor / own, abs=0.01)
     assert ("ratio_vs_webdataset" in figures) == there
     said = capsys.readouterr().out
-    assert "The floor is" in said and ("Left out: webdataset" in said) != there
+    assert "The floor for an image is" in said and ("Left out: webdataset" in said) != there
 
 
 def test_contenders_that_give_other_pixels_are_noticed(ingest) -> None:
