@@ -24,9 +24,9 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install -q uv || echo "uv cannot be had here; pip goes on alone"
 	@if $(BIN)/python -m uv --version >/dev/null 2>&1; then \
-		$(BIN)/python -m uv pip install -q -p $(BIN)/python -e '.[dev]' -c constraints.txt; \
+		$(BIN)/python -m uv pip install -q -p $(BIN)/python -e '.[dev,bench]' -c constraints.txt; \
 	else \
-		$(BIN)/python -m pip install -q -e '.[dev]' -c constraints.txt; \
+		$(BIN)/python -m pip install -q -e '.[dev,bench]' -c constraints.txt; \
 	fi
 	@touch $@
 

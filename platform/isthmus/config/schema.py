@@ -130,6 +130,11 @@ class DataConfig(Config):
         description="random crops and flips, drawn by (seed, sample, epoch); a cache holds the plain images' features "
         "whatever this says",
     )
+    resize: Literal["torch", "pillow"] = Field(
+        "torch",
+        description="what resizes random crops; torch is several times as fast, within one level of 255 of pillow but "
+        "for a crop's edges, where pillow sees the pixels around it",
+    )
     shuffle_pool: Positive = Field(
         16384,
         description="samples mixed with one another at a time; a larger set is read in runs of neighbours, and the "

@@ -14,6 +14,7 @@ import torch
 from isthmus.contracts import Batch, Collate, Sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, SampleOrder, mix
+from isthmus.data.pixels import TrainingPixels
 from isthmus.data.ranges import retries
 from isthmus.data.readers import Failure, RawSample, failure_of
 from isthmus.data.sets import Named, Sets
@@ -59,10 +60,11 @@ class Plan:
         data: URLs of the indexed folders and the digests that their manifests must have.
         order, rank, world: whose rows.
         seed: of the augmentation.
-        augment: (PIL image, seed) -> float32 [3, H, W].
+        augment: (PIL image, seed) -> float32 [3, H, W], or uint8 [H, W, 3] where ``pixels`` is given.
         size: pixels of the augmented image, which lets JPEGs be decoded at a fraction of their size.
         environment: variables to lay over the process's own.
         deadly: manifest rows that are not decoded, since that ends the process.
+        pixels: finishes what ``augment`` gives; None where that is float already.
     """
 
     data: Named
@@ -74,10 +76,11 @@ class Plan:
     size: int
     environment: Mapping[str, str] = field(default_factory=dict)
     deadly: frozenset[int] = frozenset()
+    pixels: TrainingPixels | None = None
 
     def __call__(self, step: int) -> LocalRows:
-        """Read, decode and augment the rows of ``step``."""
-        return self.decode(next(self.read(range(step, step + 1))))
+        """Read, decode, augment and normalise the rows of ``step``."""
+        return self.finish(self.decode(next(self.read(range(step, step + 1)))))
 
     def read(self, steps: range) -> Iterator[RawRows]:
         """The stored rows of ``steps``, step by step. They are fetched together, as far as memory allows, and in the
@@ -114,6 +117,15 @@ class Plan:
                 augment = functools.partial(_augment, self.augment, seed)
                 rows.append(to_sample(*sets.place(number), stored, augment, self.size))
         return LocalRows(raw.step, tuple(rows), retries=raw.retries)
+
+    def finish(self, local: LocalRows) -> LocalRows:
+        """What was decoded, with the pixels that the model takes: float32 [3, H, W], rows of one array."""
+        if self.pixels is None:
+            return local
+        uint8 = [row.pixels_CHW for row in local.rows if isinstance(row, Sample)]
+        finished = iter(self.pixels.finish(uint8))
+        rows = (replace(row, pixels_CHW=next(finished)) if isinstance(row, Sample) else row for row in local.rows)
+        return replace(local, rows=tuple(rows))
 
 
 def spans_of(order: SampleOrder, steps: range) -> Iterator[range]:

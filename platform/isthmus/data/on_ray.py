@@ -153,7 +153,7 @@ def _pipeline(
     if encoding is not None:
         dataset = dataset.map(
             _EncodeRow,  # type: ignore[arg-type]  # an actor class, which Ray takes as well
-            fn_constructor_args=(encoding,),
+            fn_constructor_args=(encoding, plan),
             compute=ray.data.ActorPoolStrategy(size=encoding.actors),
             num_cpus=encoding.cpus,
             num_gpus=encoding.gpus,
@@ -165,7 +165,7 @@ def _pipeline(
             local = _unpacked({name: column[number] for name, column in block.items()})
             if local.step != next(expected, None):
                 raise DataError(f"Ray Data delivered step {local.step} out of order.", "Report this as a fault.")
-            yield local
+            yield local if local.encoder else plan.finish(local)
 
 
 def _stored(step: int, rest: Any) -> pa.Table:
@@ -175,12 +175,12 @@ def _stored(step: int, rest: Any) -> pa.Table:
 class _EncodeRow:
     """A Ray Data actor around :class:`StepEncoder`."""
 
-    def __init__(self, encoding: Encoding) -> None:
-        self._encode = StepEncoder(encoding, alone=True)
+    def __init__(self, encoding: Encoding, plan: Plan) -> None:
+        self._encode, self._plan = StepEncoder(encoding, alone=True), plan
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return _packed(self._encode(_unpacked(row)))
+            return _packed(self._encode(self._plan.finish(_unpacked(row))))
         except IsthmusError as error:
             return _row(int(row["step"]), np.zeros(0, np.float32), error)
 
@@ -206,6 +206,6 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
         raise rest
     heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
-    arrays = iter(np.asarray(row["array"], np.float32).reshape(tuple(row["shape"])))
+    arrays = iter(np.asarray(row["array"]).reshape(tuple(row["shape"])))
     rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
     return LocalRows(int(row["step"]), tuple(rows), encoder, again)

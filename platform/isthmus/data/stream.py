@@ -22,6 +22,7 @@ from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
 from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
+from isthmus.data.pixels import training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
@@ -185,8 +186,9 @@ def _image_rows(
     encoding: Encoding | None,
 ) -> tuple[Iterable[LocalRows], Sample]:
     size = int(stage.image_spec["image_size"])
-    augment = stage.augment if data.augment else Unaugmented(stage.transform)
-    plan = Plan(sets.named, order, rank, world, seed, augment, size, environment=store_environment())
+    pixels = training_pixels(stage, data)
+    augment = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
+    plan = Plan(sets.named, order, rank, world, seed, augment, size, environment=store_environment(), pixels=pixels)
     blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
@@ -200,7 +202,7 @@ def _on_threads(
     plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
     raw = (rows for span in spans_of(plan.order, steps) for rows in plan.read(span))
-    decoded = map_ahead(plan.decode, ahead(raw, prefetch), workers, prefetch)
+    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows)), ahead(raw, prefetch), workers, prefetch)
     return decoded if encoding is None else map(StepEncoder(encoding), decoded)
 
 

@@ -95,7 +95,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None
             image.draft("RGB", (min(width, 2 * at_least), min(height, 2 * at_least)))
         image.seek(0)
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies the many that need not be turned
+        return _rgb(image)
 
 
 @contextmanager
@@ -140,6 +141,22 @@ def _white(largest: float, mode: str) -> float:
     return 255.0 if largest <= 255 else 65535.0
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a crop, in pixels."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What was drawn for a training image: the part that is kept, and whether it is mirrored left to right."""
+
+    box: Box
+    mirror: bool
+
+    def mirrored(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        """The crop's pixels, the right way round."""
+        return pixels_HWC[:, ::-1] if self.mirror else pixels_HWC
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize, scale to [0, 1], normalise. Picklable; two equal ones give equal pixels.
@@ -164,32 +181,39 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Evaluation pixels, float32 [3, size, size]."""
-        return self._normalised(image.resize((self.size, self.size), _RESAMPLING[self.interpolation]))
+        return self.normalised(self.resized(image))
 
     def augment(self, image: Image.Image, seed: int) -> np.ndarray:
         """Training pixels, float32 [3, size, size]; the same for the same image and seed."""
+        crop = self.draw(image.size, seed)
+        return self.normalised(crop.mirrored(self.resized(image, crop.box)))
+
+    def draw(self, size: tuple[int, int], seed: int) -> Crop:
+        """The training crop of an image of ``size`` (width, height)."""
         random = np.random.Generator(np.random.Philox(seed & ((1 << 64) - 1)))
-        box = _random_box(image.size, self.crop_scale, random)
+        box = _random_box(size, self.crop_scale, random)
+        return Crop(box, self.flip and random.random() < 0.5)
+
+    def resized(self, image: Image.Image, box: Box | None = None) -> np.ndarray:
+        """``box`` of the image, or all of it, as uint8 [size, size, 3]; pixels around the box count at its edges."""
         out = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
-        if self.flip and random.random() < 0.5:
-            out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._normalised(out)
+        return np.asarray(out if out.mode == "RGB" else out.convert("RGB"))
+
+    def normalised(self, pixels_HWC: np.ndarray, out_CHW: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [H, W, 3] as the model takes it, float32 [3, H, W], written to ``out_CHW`` where that is given."""
+        mean_C11, std_C11 = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        if out_CHW is None:
+            out_CHW = np.empty((3, *pixels_HWC.shape[:2]), np.float32)
+        np.multiply(pixels_HWC.transpose(2, 0, 1), 1.0 / (255.0 * std_C11), out=out_CHW)
+        return np.subtract(out_CHW, mean_C11 / std_C11, out=out_CHW)
 
     @property
     def digest(self) -> str:
         """sha256 of what decides the evaluation pixels and the crops."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def _normalised(self, image: Image.Image) -> np.ndarray:
-        pixels_HWC = np.asarray(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.float32)
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        pixels_HWC = pixels_HWC * (1.0 / (255.0 * std)) - mean / std
-        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32)
 
-
-def _random_box(
-    size: tuple[int, int], scale: tuple[float, float], random: np.random.Generator
-) -> tuple[float, float, float, float]:
+def _random_box(size: tuple[int, int], scale: tuple[float, float], random: np.random.Generator) -> Box:
     """A crop of a random share of the area and an aspect between 3/4 and 4/3 (Szegedy et al., 2015; torchvision's
     RandomResizedCrop: ten tries, then the centre)."""
     width, height = size

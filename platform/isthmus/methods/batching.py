@@ -80,8 +80,29 @@ def _stack(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
     first = next((array for array in arrays if array is not None), None)
     if first is None:
         return None
+    whole = _whole(arrays)
+    if whole is not None:
+        return torch.from_numpy(whole)
     out = np.zeros((len(arrays), *first.shape), dtype=first.dtype)
     for row, array in zip(out, arrays, strict=True):
         if array is not None:
             row[...] = array
     return torch.from_numpy(out)
+
+
+def _whole(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The array of which ``arrays`` are all rows in order, if there is one: it is the batch already."""
+    first = arrays[0]
+    base = first.base if first is not None else None
+    if first is None or not isinstance(base, np.ndarray) or base.shape != (len(arrays), *first.shape):
+        return None
+    if not (base.flags.c_contiguous and base.flags.writeable and base.dtype == first.dtype):
+        return None
+    expected = base[:].__array_interface__["data"][0]
+    for array in arrays:
+        if array is None or array.base is not base or array.shape != first.shape or not array.flags.c_contiguous:
+            return None
+        if array.__array_interface__["data"][0] != expected:
+            return None
+        expected += array.nbytes
+    return base

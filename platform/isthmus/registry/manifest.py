@@ -48,6 +48,7 @@ MAY_GROW = "train.steps"
 
 CAME_LATER = {
     "data.augment": True,
+    "data.resize": "pillow",
     "method.language.max_length_of": "caption",
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,

@@ -25,7 +25,7 @@ def run(**language: Any) -> RunConfig:
     }
     values = {
         "name": "demo", "method": method,
-        "data": {"train": "data"}, "train": {"steps": 3, "global_batch": 4},
+        "data": {"train": "data", "resize": "pillow"}, "train": {"steps": 3, "global_batch": 4},
     }  # fmt: skip
     return load_run(None, methods=method_configs(), values=values)
 
