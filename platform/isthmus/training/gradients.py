@@ -60,6 +60,13 @@ def part_norms(engine: Any, *, stage: int, comm: Comm) -> dict[str, float]:
     return dict(zip(place, whole.sqrt().tolist(), strict=True))
 
 
+def plain_norm(engine: Any) -> float:
+    """Euclidean norm of the averaged gradient under stage 0, where every rank has all of it and DeepSpeed reports none.
+    Call it where :func:`part_norms` is called."""
+    squares = _squares({name: p.grad for name, p in trained(engine.module).items() if p.grad is not None})
+    return float(torch.stack(list(squares.values())).sum().sqrt()) if squares else 0.0
+
+
 def _local_squares(engine: Any, names: Mapping[str, nn.Parameter], stage: int) -> dict[str, Tensor]:
     """Sum of squares of this rank's elements of each gradient, float64 scalars; a parameter none of whose elements are
     here is left out."""

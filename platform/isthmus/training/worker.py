@@ -25,7 +25,7 @@ from isthmus.training.comm import TorchComm
 from isthmus.training.export import write_artefact
 from isthmus.training.faults import TrainingError as TrainingError
 from isthmus.training.faults import as_fatal
-from isthmus.training.gradients import part_norms
+from isthmus.training.gradients import part_norms, plain_norm
 from isthmus.training.job import ActorOut, Out
 from isthmus.training.job import Job as Job
 from isthmus.training.optimizer import learning_rate
@@ -234,8 +234,9 @@ class Worker:
         done = step + 1
         logged = done % self.train_config.log_every == 0 or done == self.train_config.steps or step == 0
         norms = part_norms(self.engine, stage=self.run.zero.stage, comm=self.comm) if logged else {}
+        plain = plain_norm(self.engine) if self.run.zero.stage == 0 else None
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if plain is None else plain
         values["grad_norm"] = float(norm) if norm is not None else 0.0
         if not math.isfinite(values["grad_norm"]):
             self._stop_not_finite(step, batch, values)
