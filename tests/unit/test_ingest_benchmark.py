@@ -44,6 +44,7 @@ def in_a_thread(serve: Any, group: str, names: Any, settings: Any) -> Iterator[A
     thread.join(timeout=10)
 
 
+@pytest.mark.slow  # starts Ray, an S3 server and worker processes
 def test_tiny_run(ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     there = importlib.util.find_spec("webdataset") is not None
     out = tmp_path / "out.json"
