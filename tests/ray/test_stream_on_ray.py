@@ -19,6 +19,7 @@ from isthmus.data import stream
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.order import Order
 from isthmus.data.readers import Failure
+from isthmus.data.sets import Sets
 from isthmus.data.streamed import Encoding
 from isthmus.data.transforms import ImageTransform
 from isthmus.errors import DataError, WeightsError
@@ -184,7 +185,7 @@ def test_errors_inside_a_task_stay_readable(ray_cluster: Any, tmp_path: Path) ->
     manifest = Manifest.load(str(tmp_path))
     plan_order = Order(8, 2)
     source, _ = stream._image_rows(
-        DataConfig(train=str(tmp_path)), stage(), manifest, plan_order, 0, 1, range(2), 0, None
+        DataConfig(train=str(tmp_path)), stage(), Sets((manifest,)), plan_order, 0, 1, range(2), 0, None
     )
     make_dataset(tmp_path, 9)
     index(str(tmp_path))
