@@ -147,16 +147,17 @@ def _patience(cluster: ClusterConfig) -> Iterator[None]:
     It decides by a view of the nodes that is up to 20 s old. A range of workers must not wait for a node that is gone,
     but decide again; that counts as no failure of a worker.
     """
+    if not cluster.elastic:
+        yield
+        return
     name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
     before = os.environ.get(name)
-    if cluster.elastic:
-        os.environ[name] = "30"
+    os.environ[name] = "30"
     try:
         yield
     finally:
-        if cluster.elastic:
-            os.environ.pop(name)
-            os.environ.update({} if before is None else {name: before})
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def _failure_of(job: Job) -> IsthmusError | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,29 @@ class Report:
         lost: int = 0,
         doubled: int = 0,
         silent: int = 0,
-        **more: Any,
+        differences: Mapping[str, float] | None = None,
+        within: float = 0.0,
     ) -> None:
-        """A fault that was survived, if nothing is lost, doubled or silent; asserts that."""
+        """What became of a fault. It was survived if nothing is lost, doubled or silent and no difference from the
+        undisturbed run is above ``within``; asserts that."""
         counts = {"lost": lost, "doubled": doubled, "silent": silent}
+        apart = dict(differences or {})
         if found is not None:
             counts = {"lost": found.lost, "doubled": found.doubled, "silent": found.silent}
-            more = {"lost_steps": found.repeated, **more}
-        survived = not any(counts.values())
-        seconds = None if recovery_s is None else round(recovery_s, 1)
-        self.rows.append({"fault": fault, "survived": survived, **counts, "recovery_s": seconds, **more, "note": note})
-        assert survived, self.rows[-1]
+        survived = not any(counts.values()) and all(value <= within for value in apart.values())
+        row = {"fault": fault, "survived": survived, **counts}
+        row["recovery_s"] = None if recovery_s is None else round(recovery_s, 1)
+        row |= {"lost_steps": found.repeated if found else None, **apart, "note": note}
+        self.rows.append(row)
+        assert survived, row
+
+
+def differences(root: Path, name: str, control: str) -> dict[str, float]:
+    """How far a run's losses and weights are from those of the undisturbed run."""
+    return {
+        "loss_difference": account.loss_difference(root, name, control),
+        "weight_difference": account.weight_difference(root, name, control),
+    }
 
 
 def judge(root: Path, name: str, *, data: str = "", steps: int = 12, bad: frozenset[str] = frozenset()) -> Any:

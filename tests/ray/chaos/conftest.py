@@ -39,8 +39,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     names = [name for mark in item.iter_markers("fault") for name in mark.args]
     if report.failed and names:
-        known = {row["fault"] for row in item.config.stash[ROWS]}
         why = str(report.longrepr).splitlines()[-1][:300]
+        known = {row["fault"] for row in item.config.stash[ROWS]}
+        for row in item.config.stash[ROWS]:  # whatever the test found wrong behind its row
+            if row["fault"] in names:
+                row |= {"survived": False, "note": why}
         item.config.stash[ROWS] += [
             {"fault": name, "survived": False, "lost": None, "doubled": None, "silent": None, "recovery_s": None,
              "note": why}
