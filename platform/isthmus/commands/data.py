@@ -74,11 +74,14 @@ def index(
       $ isthmus data index s3://bucket/lake --images-only --out s3://bucket/manifests/lake
       $ isthmus data index s3://bucket/a s3://bucket/b/00000.tar --out s3://bucket
     """
+    from isthmus.data.listing import find
     from isthmus.data.manifest import index as work
 
+    given = urls[0] if len(urls) == 1 else urls
+    find(given, out)  # a folder that is missing or empty is told before Ray has started
     with ray_session():
         report = work(
-            urls[0] if len(urls) == 1 else urls,
+            given,
             out,
             captions="optional" if images_only else "required",
             images_from=images_from or (),
@@ -97,7 +100,9 @@ def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> No
       $ isthmus data check data/demo/train
     """
     from isthmus.data.manifest import check as work
+    from isthmus.data.manifest import require_index
 
+    require_index(url)
     with ray_session():
         report = work(url)
     show(report, title=_count_problems(report.problems, "found"))

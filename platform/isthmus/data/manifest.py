@@ -157,12 +157,9 @@ class Manifest:
             DataError: not indexed, written by another version, damaged, or out of date.
             StorageError: the folder cannot be read.
         """
-        header_url = storage.join(url, HEADER_FILE)
-        if not storage.exists(header_url):
-            storage.ensure_readable(url)
-            raise DataError(f"{url} is not indexed ({HEADER_FILE} is missing).", f"Run `isthmus data index {url}`.")
+        require_index(url)
         try:
-            header = json.loads(storage.read_bytes(header_url))
+            header = json.loads(storage.read_bytes(storage.join(url, HEADER_FILE)))
             version = header["version"]
             shards = tuple(Shard(**shard) for shard in header["shards"])
             rows = _rows(url, header)
@@ -291,6 +288,13 @@ def index(
     return IndexReport(
         rows.rows, len(shards), tuple(problems), digest, reused=len(kept), passed_over=len(found) - len(shards)
     )
+
+
+def require_index(url: str) -> None:
+    """Raises DataError where the folder ``url`` is not indexed, StorageError where it cannot be read."""
+    if not storage.exists(storage.join(url, HEADER_FILE)):
+        storage.ensure_readable(url)
+        raise DataError(f"{url} is not indexed ({HEADER_FILE} is missing).", f"Run `isthmus data index {url}`.")
 
 
 def check(url: str) -> CheckReport:
