@@ -83,6 +83,7 @@ def main() -> None:
             cells += [f"{a:.4g} {unit}", f"{b:.4g}", f"{a / b - 1:+.1%}"]
             key = name.replace(",", "").replace(" ", "_")
             figures |= {f"{key}_{what}_planned": said[what], f"{key}_{what}_measured": found[what]}
+        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth")} | {f"{key}_kept": said["kept"]}
         rows.append([name, *cells])
     columns = ["", *(f"{head}" for what in ("memory", "step", "products") for head in (what, "measured", "off by"))]
     table("Planned and measured", columns, rows)
@@ -102,9 +103,10 @@ def planned(name: str, found: dict[str, float]) -> dict[str, float]:
     parts = plan.chosen.memory
     memory = plan.chosen.total - parts["framework"] - parts["gradient buckets"]
     memory += _rest_of_batch(subject, batch)
-    return {"memory": memory, "seconds": plan.step["seconds"], "flops": sum(
-        sum(part.values()) for part in plan.flops.values()
-    )}  # fmt: skip
+    return {
+        "memory": memory, "seconds": plan.step["seconds"], "kept": parts["activations kept"],
+        "flops": sum(sum(part.values()) for part in plan.flops.values()),
+    }  # fmt: skip
 
 
 def _rest_of_batch(subject: Subject, batch: Batch) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus import storage
 from isthmus.contracts import Sample
-from isthmus.data import encode
+from isthmus.data import assembly, encode, pages
 from isthmus.data.features import CacheMeta, FeatureCache, part_bytes
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.quarantine import Quarantine, read_quarantine
@@ -90,6 +90,29 @@ def test_index_check_and_read(server: s3.S3Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no"):
         storage.write_bytes(server.url("nothing", "readme.txt"), b"x")
         index(server.url("nothing"))
+
+
+def test_a_paged_manifest_is_read_by_range(
+    server: s3.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(tmp_path / "paged", 30, per_shard=9)
+    url = upload(tmp_path / "paged", server.url("paged"))
+    whole = index(url, fresh=True)
+    table = Manifest.load(url).table
+    monkeypatch.setattr(assembly, "PAGED_FROM", 0)
+    monkeypatch.setattr(pages, "PAGE_ROWS", 4)
+    assert index(url, fresh=True) == whole and storage.exists(f"{url}/{pages.PAGES_FILE}")
+    manifest = Manifest.load(url)
+    assert isinstance(manifest.rows, pages.Pages) and manifest.digest == whole.digest
+    numbers = [29, 3, 3, 17, 0]
+    assert manifest.take(numbers).equals(table.take(numbers))
+    assert [s.image for s in read_rows(manifest, [5, 28]) if isinstance(s, RawSample)] == [
+        image_bytes(int(key[1:])) for key in table["key"].take([5, 28]).to_pylist()
+    ]
+    there = storage.read_bytes(f"{url}/{pages.PAGES_FILE}")
+    storage.write_bytes(f"{url}/{pages.PAGES_FILE}", there[:-40])
+    with pytest.raises(DataError, match=r"again"):
+        Manifest.load(url).take([0])
 
 
 def test_indexing_again_goes_by_etags(server: s3.S3Server, tmp_path: Path) -> None:

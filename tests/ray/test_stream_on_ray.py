@@ -17,6 +17,7 @@ from isthmus.contracts import Batch, Sample, Stage, StageModule
 from isthmus.data import on_ray as on_ray_rows
 from isthmus.data import stream
 from isthmus.data.manifest import Manifest, check, index
+from isthmus.data.mixture import order_of
 from isthmus.data.order import Order
 from isthmus.data.readers import Failure
 from isthmus.data.sets import Sets
@@ -78,6 +79,30 @@ def test_ray_data_equals_threads(ray_cluster: Any, tmp_path: Path, monkeypatch: 
     for one, two in zip(on_ray, on_threads, strict=True):
         assert torch.equal(one.sample_ids_B, two.sample_ids_B) and torch.equal(one.valid_B, two.valid_B)
         assert torch.equal(one.pixels_BCHW, two.pixels_BCHW) and one.texts == two.texts  # type: ignore[arg-type]
+
+
+def test_a_mixture_through_ray_data_equals_threads(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [{"url": str(tmp_path / name), "weight": weight} for name, weight in (("large", 0.75), ("small", 0.25))]
+    for one, samples in zip(sets, (11, 3), strict=True):
+        index(str(make_dataset(Path(str(one["url"])), samples)))  # the same shards and keys
+    config = DataConfig(mixture=sets)  # type: ignore[arg-type]
+    order = order_of(config, (11, 3), 8, 2)
+
+    def found() -> list[Batch]:
+        return list(stream.train_batches(config, stage(), order, 1, 2, 1, 8, 5, lambda failure: None))
+
+    monkeypatch.setattr(on_ray_rows, "_WINDOW", 3)
+    on_ray = found()
+    monkeypatch.setattr(stream, "ray_is_up", lambda: False)
+    on_threads = found()
+    assert [b.step for b in on_ray] == list(range(1, 8))
+    for one, two in zip(on_ray, on_threads, strict=True):
+        assert torch.equal(one.sample_ids_B, two.sample_ids_B) and one.texts == two.texts
+        assert torch.equal(one.pixels_BCHW, two.pixels_BCHW)  # type: ignore[arg-type]
+    seen = {i for batch in on_ray for i in batch.sample_ids_B.tolist()}
+    assert len(seen) > 11, "samples of both sets, told apart"
 
 
 DEADLY = (13, 13)

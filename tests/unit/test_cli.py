@@ -139,6 +139,15 @@ def test_a_recipe_file_and_words_over_it(run: Callable[..., Ran], fake: Any, awa
     assert (calls[0][0][0].batch, calls[0][0][0].data) == (8, "d")
 
 
+@pytest.fixture
+def lake(away: Path) -> None:
+    """A folder that has a shard and is indexed, as far as a look from outside tells."""
+    (away / "lake").mkdir()
+    for name in ("a.tar", "manifest.json"):
+        (away / "lake" / name).touch()
+
+
+@pytest.mark.usefixtures("lake")
 @pytest.mark.parametrize(("faults", "code"), [(0, 0), (2, 2)])
 def test_data_check_fails_where_something_is_wrong(run: Callable[..., Ran], fake: Any, faults: int, code: int) -> None:
     problems = tuple(Problem("a.tar", 512 * n, f"k{n}", "the image is damaged") for n in range(faults))
@@ -148,6 +157,7 @@ def test_data_check_fails_where_something_is_wrong(run: Callable[..., Ran], fake
     assert ("2 problems found" in ran.out) == bool(faults)
 
 
+@pytest.mark.usefixtures("lake")
 @pytest.mark.parametrize(("faults", "more", "code"), [(0, (), 0), (1, (), 2), (1, ("--skip-faulty",), 0)])
 def test_data_index_says_with_its_status_that_something_is_left_out(
     run: Callable[..., Ran], fake: Any, faults: int, more: tuple[str, ...], code: int
@@ -158,15 +168,30 @@ def test_data_index_says_with_its_status_that_something_is_left_out(
     assert ("1 problem left out; the rest is indexed" in ran.out) == bool(faults)
 
 
+@pytest.mark.usefixtures("lake")
 def test_data_index_hands_on_what_was_asked(run: Callable[..., Ran], fake: Any) -> None:
     calls = fake("isthmus.data.manifest", "index", IndexReport(8, 1, (), reused=1))
     assert "reused" in run("data", "index", "lake").out
-    run("data", "index", "a", "s3://b/c.tar", "--out", "o", "--images-only", "--images-from", "s3://d", "--fresh")
+    run("data", "index", "lake", "lake/a.tar", "--out", "o", "--images-only", "--images-from", "s3://d", "--fresh")
     plain = {"captions": "required", "images_from": (), "fresh": False}
     asked = {"captions": "optional", "images_from": ["s3://d"], "fresh": True}
-    assert calls == [(("lake", None), plain), ((["a", "s3://b/c.tar"], "o"), asked)]
+    assert calls == [(("lake", None), plain), ((["lake", "lake/a.tar"], "o"), asked)]
 
 
+@pytest.mark.usefixtures("lake")
+@pytest.mark.parametrize(
+    ("words", "said"), [(("index", "lake"), "nothing at lake"), (("check", "."), "is not indexed")]
+)
+def test_what_is_not_there_is_told_before_ray_starts(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, away: Path, words: tuple[str, str], said: str
+) -> None:
+    (away / "lake").rename(away / "moved")
+    monkeypatch.setattr("isthmus.commands.data.ray_session", lambda: pytest.fail("Ray was started"))
+    ran = run("data", *words)
+    assert ran.code == 2 and said in ran.err
+
+
+@pytest.mark.usefixtures("lake")
 def test_faults_stand_in_a_table_of_their_own_that_is_cut(run: Callable[..., Ran], fake: Any) -> None:
     problems = tuple(Problem("a.tar", 512 * n, f"k{n}", "is [cut] short") for n in range(shell._ROWS + 5))
     fake("isthmus.data.manifest", "index", IndexReport(8, 1, problems))

@@ -99,8 +99,8 @@ def check(url: Annotated[str, typer.Argument(help="An indexed data set")]) -> No
     Examples:
       $ isthmus data check data/demo/train
     """
+    from isthmus.data.listing import require_index
     from isthmus.data.manifest import check as work
-    from isthmus.data.manifest import require_index
 
     require_index(url)
     with ray_session():

@@ -60,6 +60,13 @@ def find(urls: str | Sequence[str], out: str | None) -> tuple[str, list[Found]]:
     ]
 
 
+def require_index(url: str) -> None:
+    """Raises DataError where the folder ``url`` is not indexed, StorageError where it cannot be read."""
+    if not storage.exists(storage.join(url, HEADER_FILE)):
+        storage.ensure_readable(url)
+        raise DataError(f"{url} is not indexed ({HEADER_FILE} is missing).", f"Run `isthmus data index {url}`.")
+
+
 def _below(url: str) -> list[tuple[str, int]]:
     found = [item for item in storage.list_files(url, SHARDS) if item[0].rpartition("/")[2] != TABLE_FILE]
     if not found:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from isthmus import storage
 from isthmus.data.assembly import Assembly
-from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found, find
+from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found, find, require_index
 from isthmus.data.pages import PAGES_FILE, Pages
 from isthmus.data.parallel import map_ordered
 from isthmus.data.records import IMAGE_ID_COLUMN, Problem
@@ -288,13 +288,6 @@ def index(
     return IndexReport(
         rows.rows, len(shards), tuple(problems), digest, reused=len(kept), passed_over=len(found) - len(shards)
     )
-
-
-def require_index(url: str) -> None:
-    """Raises DataError where the folder ``url`` is not indexed, StorageError where it cannot be read."""
-    if not storage.exists(storage.join(url, HEADER_FILE)):
-        storage.ensure_readable(url)
-        raise DataError(f"{url} is not indexed ({HEADER_FILE} is missing).", f"Run `isthmus data index {url}`.")
 
 
 def check(url: str) -> CheckReport:
