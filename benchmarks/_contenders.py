@@ -133,7 +133,11 @@ def webdataset(setting: Setting, decoder: str) -> Contender:
         stream = stream.map(functools.partial(_theirs_of, transform=transform))
     stream = stream.batched(setting.batch, collation_fn=torch.stack, partial=False)
     workers = min(setting.workers, len(setting.shards))
-    processes = {"num_workers": workers, "persistent_workers": True, "prefetch_factor": 4} if workers > 1 else {}
+    processes: dict[str, Any] = {}
+    if workers > 1:
+        processes = {"num_workers": workers, "persistent_workers": True, "prefetch_factor": 4}
+        # What its users have on Linux. This process was spawned, and its children would be as well.
+        processes["multiprocessing_context"] = "fork"
     loader = DataLoader(stream, batch_size=None, **processes)
     return lambda: itertools.islice(iter(loader), setting.images // setting.batch)
 

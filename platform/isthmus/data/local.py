@@ -82,11 +82,15 @@ class Plan:
         """Read, decode, augment and normalise the rows of ``step``."""
         return self.finish(self.decode(next(self.read(range(step, step + 1)))))
 
+    def sets(self) -> Sets:
+        """The data, opened in whichever process this runs: reading and decoding are tasks of their own."""
+        os.environ.update(self.environment)
+        return opened(self.data)
+
     def read(self, steps: range) -> Iterator[RawRows]:
         """The stored rows of ``steps``, step by step. They are fetched together, as far as memory allows, and in the
         order in which they lie in the shards: the rows of a span of :class:`Order` are neighbours there."""
-        os.environ.update(self.environment)
-        sets = opened(self.data)
+        sets = self.sets()
         numbers_SB = np.stack([self.order.local(step, self.rank, self.world) for step in steps])
         sizes_S = sets.image_bytes(numbers_SB).sum(1)
         together_S = np.cumsum(sizes_S) // READ_BYTES
@@ -103,7 +107,7 @@ class Plan:
 
     def decode(self, raw: RawRows) -> LocalRows:
         """What was read, decoded and augmented."""
-        sets, place = opened(self.data), (raw.step, self.rank, self.world)
+        sets, place = self.sets(), (raw.step, self.rank, self.world)
         numbers, visits = self.order.local(*place).tolist(), self.order.visits(*place).tolist()
         rows: list[Row] = []
         for number, visit, stored in zip(numbers, visits, raw.rows, strict=True):

@@ -60,7 +60,7 @@ def test_a_run_reads_through_a_store_that_fails(
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     ranges.open_range.forget()
     rows = read_rows(ground / "runs" / f"s3-{fault}" / "metrics.jsonl")
-    assert struck > 5, "nothing went wrong"
+    assert struck >= 3, f"too little went wrong: {struck} of {proxy.requests} requests"
     waited = max(row["metrics"]["data_wait_share"] * row["metrics"]["step_s"] for row in rows[1:])
     report.add(
         NAMES[fault],

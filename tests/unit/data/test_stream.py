@@ -1,5 +1,6 @@
 """Batches are a function of the step; bad samples are counted, replaced and, when too many, stop the run."""
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -291,3 +292,20 @@ def test_reading_ahead_keeps_order_errors_and_cleans_up() -> None:
     assert next(iterator) == 1
     iterator.close()
     assert closed.wait(10)
+
+
+def test_reading_and_decoding_reach_the_store_in_whichever_process_they_run(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augment = ImageTransform(SIZE).augment
+    named = ((str(dataset), Manifest.load(str(dataset)).digest),)
+    key = "AWS_ENDPOINT_URL"
+    plan = local.Plan(named, Order(10, 5), 0, 1, 9, augment, SIZE, environment={key: "http://store"})
+    monkeypatch.delenv(key, raising=False)
+    [raw] = plan.read(range(1))
+    assert os.environ[key] == "http://store"
+    monkeypatch.delenv(key)
+    local.opened.cache_clear()  # as in another process
+    plan.decode(raw)
+    assert os.environ[key] == "http://store"
+    monkeypatch.delenv(key)
