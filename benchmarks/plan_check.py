@@ -28,6 +28,7 @@ from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.models.language import build_language
 from isthmus.planning.assumptions import CPU_UTILISATION
+from isthmus.planning.compute import Flops
 from isthmus.planning.hardware import Gpu, probe_cpu
 from isthmus.planning.plan import Wishes, reckon
 from isthmus.planning.shapes import Texts
@@ -83,11 +84,19 @@ def main() -> None:
             cells += [f"{a:.4g} {unit}", f"{b:.4g}", f"{a / b - 1:+.1%}"]
             key = name.replace(",", "").replace(" ", "_")
             figures |= {f"{key}_{what}_planned": said[what], f"{key}_{what}_measured": found[what]}
-        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth")} | {f"{key}_kept": said["kept"]}
+        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth", "elementwise")}
+        figures |= {f"{key}_{what}": said[what] for what in ("kept", "trained")}
         rows.append([name, *cells])
     columns = ["", *(f"{head}" for what in ("memory", "step", "products") for head in (what, "measured", "off by"))]
     table("Planned and measured", columns, rows)
     report(figures, options.json)
+
+
+def subject_of(run: RunConfig, batch: Batch) -> Subject:
+    """The recipe as a plan sees it, for captions of this batch's lengths."""
+    assert batch.mask_BT is not None
+    lengths = batch.mask_BT.sum(1)
+    return examine(run, Texts(float(lengths.float().mean()), int(lengths.max())))
 
 
 def planned(name: str, found: dict[str, float]) -> dict[str, float]:
@@ -95,16 +104,17 @@ def planned(name: str, found: dict[str, float]) -> dict[str, float]:
     the measured step has not. The processor is as fast as it was found beside the steps."""
     run = CASES[name]()
     batch = captions(run)
-    assert batch.mask_BT is not None
-    lengths = batch.mask_BT.sum(1)
-    subject = examine(run, Texts(float(lengths.float().mean()), int(lengths.max())))
-    cpu = Gpu("cpu", found["rate"], found["rate"], 1e12, found["bandwidth"], 1e10, 1e10, "measured")
+    subject = subject_of(run, batch)
+    cpu = Gpu(
+        "cpu", found["rate"], found["rate"], 1e12, found["bandwidth"], 1e10, 1e10, "measured", found["elementwise"]
+    )
     plan = reckon(subject, Wishes(cpu, 1, 1, CPU_UTILISATION))
     parts = plan.chosen.memory
     memory = plan.chosen.total - parts["framework"] - parts["gradient buckets"]
     memory += _rest_of_batch(subject, batch)
     return {
         "memory": memory, "seconds": plan.step["seconds"], "kept": parts["activations kept"],
+        "trained": float(subject.trained),
         "flops": sum(sum(part.values()) for part in plan.flops.values()),
     }  # fmt: skip
 
@@ -133,14 +143,16 @@ def measured(name: str, repeats: int) -> dict[str, float]:
     step()
     with PeakMemory() as memory:
         step()
-    c = run.method.qformer  # type: ignore[attr-defined]
-    rows, seconds, probes = run.train.global_batch * c.queries, [], []
+    products = sum(subject_of(run, batch).flops(run.train.global_batch, 1).values(), Flops()).products
+    seconds, probes = [], []
     for _ in range(repeats):  # in turns, so that a slow minute hits both
+        probes.append(probe_cpu(products, rounds=1))
+        step()  # brings back what the probe drove out of caches and heap
         seconds.append(timed(step))
-        probes.append(probe_cpu(((rows, c.width, c.width), (rows, c.width, c.feed_forward))))
     return {
         "memory": memory.peak - before, "seconds": statistics.median(seconds), "flops": flops(step),
         "rate": statistics.median(p.fp32 for p in probes), "bandwidth": statistics.median(p.bandwidth for p in probes),
+        "elementwise": statistics.median(p.elementwise for p in probes),
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Forward, backward and AdamW on cached image features (257 tokens of 1408), a Q-F
 queries, and captions of realistic lengths. The peer (``_plain_stage1.py``) is built from transformers' modules, works
 as LAVIS does, and shares our parameters, so both give the same losses; that is checked on every run.
 
-    python benchmarks/stage1_step.py --batches 4,16 --repeats 3 --json stage1.json
+    python benchmarks/stage1_step.py --batches 4,12 --repeats 3 --json stage1.json
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def _peak(variant: str, size: int, dropout: float) -> dict[str, float]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = "64,256" if torch.cuda.is_available() else "4,16"
+    default = "64,256" if torch.cuda.is_available() else "4,12"
     parser.add_argument(
         "--batches",
         type=lambda text: [int(b) for b in text.split(",")],

@@ -84,7 +84,9 @@ def plan(
         parent=recipes.load_training([parent]) if parent else None,
         unknown=Unknown(language_params, language_width, language_layers),
     )  # fmt: skip
-    device = found or _probed(subject, images)
+    device = found or _probed(subject, images, nodes * gpus_per_node)
+    if mfu is not None:
+        device = replace(device, elementwise=0.0)  # the share that is given covers it
     if network_gbps is not None:
         device = replace(device, network=network_gbps / 8 * 1e9)
     wishes = Wishes(
@@ -98,9 +100,11 @@ def plan(
         show_plan(made)
 
 
-def _probed(subject: Subject, images: int) -> Gpu:
-    from isthmus.planning.hardware import probe_cpu
+def _probed(subject: Subject, images: int, workers: int) -> Gpu:
+    from isthmus.planning.compute import Flops
+    from isthmus.planning.hardware import CPU, Gpu, probe_cpu
+    from isthmus.planning.plan import resolve_precision
 
-    q = subject.qformer
-    rows = max(64, images * q.queries)
-    return probe_cpu(((rows, q.width, q.width), (rows, q.width, q.feed_forward)))
+    unknown = Gpu(CPU, 0, 0, 0, 0, 0, 0, "")
+    products = sum(subject.flops(images, workers).values(), Flops()).products
+    return probe_cpu(products, resolve_precision(subject.run.train.precision, unknown))

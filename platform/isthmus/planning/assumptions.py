@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from isthmus.planning.subject import Subject
 
 UTILISATION = 0.3
-CPU_UTILISATION = 0.8
+CPU_UTILISATION = 1.0
+"""Of the rate that is measured on a plan's own products."""
+KEPT_PASSES, GRADIENT_PASSES = 6.0, 6.0
+"""How often a processor's work on elements reads or writes the bytes that are kept for the backward pass, and those of
+the gradients: fitted to the steps of benchmarks/plan_check.py."""
 IMAGE_BYTES = 50_000
 CAPTION_BYTES = 100
 

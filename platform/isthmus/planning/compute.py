@@ -10,7 +10,9 @@ T longest text, M Q-Former width, F its feed-forward width, H heads, E shared wi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from isthmus.config import QFormerConfig
@@ -23,21 +25,48 @@ Reading = Literal["projected", "direct"]
 
 
 @dataclass(frozen=True)
+class Product:
+    """One product of a linear layer: [rows, inner] x [inner, outer], or one of its two gradients."""
+
+    rows: int
+    inner: int
+    outer: int
+    kind: Literal["forward", "input", "weight"]
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.rows * self.inner * self.outer
+
+
+@dataclass(frozen=True)
 class Flops:
-    """Operations of a forward and of a backward pass."""
+    """Operations of a forward and of a backward pass.
+
+    Attributes:
+        products: how often each product of a linear layer is among them. Attention's are not listed.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    products: Mapping[Product, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward)
+        both: Counter[Product] = Counter(self.products)  # type: ignore[arg-type]  # counts of a mean step are no integers
+        both.update(other.products)  # type: ignore[arg-type]
+        return Flops(self.forward + other.forward, self.backward + other.backward, both)
 
     def __mul__(self, times: float) -> Flops:
-        return Flops(self.forward * times, self.backward * times)
+        products = {product: count * times for product, count in self.products.items()}
+        return Flops(self.forward * times, self.backward * times, products)
 
     @property
     def total(self) -> float:
         return self.forward + self.backward
+
+    def recomputed(self) -> Flops:
+        """With the forward pass once more in the backward pass."""
+        again = {product: count for product, count in self.products.items() if product.kind == "forward"}
+        return self + Flops(0.0, self.forward, again)
 
 
 def linear(rows: float, inner: int, outer: int, *, weight: bool = True, input: bool = True) -> Flops:
@@ -47,7 +76,9 @@ def linear(rows: float, inner: int, outer: int, *, weight: bool = True, input: b
         weight, input: whether the backward pass makes their gradients; each costs what the forward costs.
     """
     once = 2.0 * rows * inner * outer
-    return Flops(once, once * (weight + input))
+    kinds: list[Literal["forward", "input", "weight"]] = ["forward", *["weight"] * weight, *["input"] * input]  # type: ignore[list-item]
+    products = {Product(max(1, round(rows)), inner, outer, kind): 1.0 for kind in kinds}
+    return Flops(once, once * (weight + input), products)
 
 
 def attention(pairs: float, width: int) -> Flops:
@@ -130,7 +161,7 @@ def qformer_pass(qformer: QFormerConfig, local: Local, rows: Pass, *, recompute:
         if rows.how is not None and i % qformer.cross_every == 0 and kept.query_rows:
             total += linear(kept.query_rows, M, M) * 2 + _seen(qformer, local, kept.query_rows, rows.how)
         total += linear(out_rows, M, F) + linear(out_rows, F, M)
-    return Flops(total.forward, total.backward + total.forward) if recompute else total
+    return total.recomputed() if recompute else total
 
 
 def _seen(qformer: QFormerConfig, local: Local, query_rows: float, how: Reading) -> Flops:
@@ -219,8 +250,11 @@ def stage2_parts(qformer: QFormerConfig, local: Local, language: Language, *, re
 def frozen_stack(stack: Stack, sequences: int, places: int) -> Flops:
     """Self-attention and feed-forward of a frozen stack; only its input takes a gradient."""
     rows = sequences * places
-    once = 2.0 * rows * stack.products
-    return Flops(once, once) + attention(rows * places, stack.inner) * stack.layers
+    # Attention's matrices have the width of all heads, or less; all others are counted as the feed-forward network's.
+    narrow = linear(rows, stack.width, stack.inner, weight=False) * (4 * stack.layers)
+    wide = linear(rows, stack.width, stack.feed_forward or stack.inner, weight=False)
+    total = narrow + wide * ((2.0 * rows * stack.products - narrow.forward) / wide.forward)
+    return total + attention(rows * places, stack.inner) * stack.layers
 
 
 def frozen_language(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from isthmus.errors import ConfigError, nearest
+from isthmus.planning.compute import Product
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TERA, GIGA = 1e12, 1e9
 
@@ -23,6 +31,8 @@ class Gpu:
         link: to the other accelerators of the node, bytes/s in one direction.
         network: out of the node, bytes/s in one direction for each accelerator, of the usual eight-fold server.
         source: of these figures.
+        elementwise: bytes/s, read and written, of work on elements into new memory; 0 where the share of the peak that
+            a step reaches is to cover it.
     """
 
     name: str
@@ -33,6 +43,7 @@ class Gpu:
     link: float
     network: float
     source: str
+    elementwise: float = 0.0
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in ``bf16`` or ``fp32``."""
@@ -95,41 +106,80 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
-def probe_cpu(products: tuple[tuple[int, int, int], ...], *, rounds: int = 3) -> Gpu:
-    """This processor, by the best of a few matrix products of the plan's own sizes; takes about a second.
+def probe_cpu(products: Mapping[Product, float], precision: str = "fp32", *, rounds: int = 3) -> Gpu:
+    """This processor, timed at a plan's own matrix products; takes a few seconds.
 
     Args:
-        products: (rows, inner, columns) of each product; rows are cut so that one product stays short.
-        rounds: repetitions, of which the fastest counts.
+        products: how often each is made. Rows are cut so that one product stays short.
+        precision: ``fp32`` or ``bf16``; the rate in the other is left at 0.
+        rounds: repetitions of each, of which the median counts.
     """
     import torch
 
-    rates = {dtype: _rate(products, dtype, rounds) for dtype in (torch.float32, torch.bfloat16)}
+    rate = _rate(products, torch.bfloat16 if precision == "bf16" else torch.float32, rounds)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     copied = _copy_rate()
-    # Processes on one machine meet in its memory: both ways through it, and back.
-    source = "measured here, on matrix products and a copy"
-    return Gpu(CPU, rates[torch.bfloat16], rates[torch.float32], memory, copied, copied / 2, copied / 2, source)
+    return Gpu(
+        CPU,
+        rate if precision == "bf16" else 0.0,
+        rate if precision == "fp32" else 0.0,
+        memory,
+        copied,
+        copied / 2,  # processes on one machine meet in its memory: both ways through it, and back
+        copied / 2,
+        "measured here: the plan's own products, a copy, and a sum into new memory",
+        _elementwise_rate(),
+    )
 
 
-def _rate(products: tuple[tuple[int, int, int], ...], dtype: object, rounds: int) -> float:
-    """FLOP/s over all products together."""
+def _rate(products: Mapping[Product, float], dtype: torch.dtype, rounds: int) -> float:
+    """FLOP/s over all products together, each as often as it is made."""
+    operations = seconds = 0.0
+    for product, count in products.items():
+        short = replace(product, rows=max(1, min(product.rows, int(1e9 / (2 * product.inner * product.outer)))))
+        operations += count * product.operations
+        seconds += count * _product_seconds(short, dtype, rounds) * product.rows / short.rows
+    return operations / seconds
+
+
+def _product_seconds(product: Product, dtype: torch.dtype, rounds: int) -> float:
+    """Median seconds of one product, on operands that the caches do not hold from the last time."""
     import torch
 
-    operations = seconds = 0.0
-    for rows, inner, columns in products:
-        rows = max(1, min(rows, int(2e9 / (2 * inner * columns))))
-        a, b = (torch.randn(shape, dtype=dtype) for shape in ((rows, inner), (inner, columns)))  # type: ignore[call-overload]
-        repeats = max(1, int(2e8 / (2 * rows * inner * columns)))
-        best = float("inf")
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            for _ in range(repeats):
-                a @ b
-            best = min(best, time.perf_counter() - started)
-        operations += 2.0 * rows * inner * columns * repeats
-        seconds += best
-    return operations / seconds
+    n, i, o = product.rows, product.inner, product.outer
+    size = dtype.itemsize * (n * i + n * o + i * o)
+    copies = int(max(1, min(8, 2**26 / size)))
+    weights = [torch.randn(o, i, dtype=dtype) for _ in range(copies)]
+    inputs, outputs = ([torch.randn(n, width, dtype=dtype) for _ in range(copies)] for width in (i, o))
+    calls: dict[str, Callable[[int], Tensor]] = {
+        "forward": lambda k: torch.nn.functional.linear(inputs[k], weights[k]),
+        "input": lambda k: outputs[k] @ weights[k],
+        "weight": lambda k: outputs[k].t() @ inputs[k],
+    }
+    call = calls[product.kind]
+    times = max(copies, int(1e8 / product.operations))
+    call(0)
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for number in range(times):
+            call(number % copies)
+        found.append((time.perf_counter() - started) / times)
+    return statistics.median(found)
+
+
+def _elementwise_rate() -> float:
+    """Bytes per second, read and written, of sums of activations' size into new memory."""
+    import torch
+
+    a, b = torch.zeros(2**21), torch.zeros(2**21)
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        for _ in range(4):
+            a + b
+        seconds.append((time.perf_counter() - started) / 4)
+    return 3 * a.numel() * a.element_size() / statistics.median(seconds)
 
 
 def _copy_rate() -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from isthmus.errors import ConfigError
 from isthmus.planning import memory as sizes
 from isthmus.planning.activations import Keeping
-from isthmus.planning.assumptions import Assumption, assumptions, sample_bytes
+from isthmus.planning.assumptions import GRADIENT_PASSES, KEPT_PASSES, Assumption, assumptions, sample_bytes
 from isthmus.planning.communication import exposed_seconds, traffic
 from isthmus.planning.hardware import CPU, Gpu
 from isthmus.planning.offload import ADAMW_BYTES, fetching_seconds, host_seconds, moved, optimizer_offloaded
@@ -126,15 +126,18 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
     rate = gpu.rate(precision) * wishes.utilisation
     backward = sum(part.backward for part in flops.values()) / rate
     compute = sum(part.total for part in flops.values()) / rate
-    stages = {stage: _stage(subject, wishes, keeping, stage, images, compute, backward) for stage in sizes.STAGES}
+    elements = _elementwise_seconds(subject, wishes, keeping, images)
+    busy = compute + elements
+    stages = {stage: _stage(subject, wishes, keeping, stage, images, busy, backward) for stage in sizes.STAGES}
     step_seconds = stages[run.zero.stage].step_seconds
     optimizer = _optimizer_seconds(subject, wishes, keeping, run.zero.stage)
     total = sum(part.total for part in flops.values())
     step = {
         "seconds": step_seconds,
         "matrix products": compute,
+        **({"work on elements": elements} if elements else {}),
         "AdamW": optimizer,
-        "communication not hidden": step_seconds - compute - optimizer,
+        "communication not hidden": step_seconds - busy - optimizer,
         "model-FLOPs utilisation": total / step_seconds / gpu.rate(precision),
         "images per second": run.train.global_batch / step_seconds,
         **_tokens(subject, run.train.global_batch),
@@ -148,12 +151,21 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
         },
         parameters=_parameters(subject),
         stages=stages,
-        flops={name: asdict(part) for name, part in flops.items()},
+        flops={name: {"forward": part.forward, "backward": part.backward} for name, part in flops.items()},
         step=step,
         data=data,
         whole=whole,
         assumptions=assumptions(subject, wishes, precision),
     )  # fmt: skip
+
+
+def _elementwise_seconds(subject: Subject, wishes: Wishes, keeping: Keeping, images: int) -> float:
+    """Norms, activations, sums, and gradients of the parameters, on a processor; all of them move bytes."""
+    if not wishes.gpu.elementwise:
+        return 0.0
+    kept = sum(subject.kept(images, wishes.workers, keeping).values())
+    moved = KEPT_PASSES * kept + GRADIENT_PASSES * 4.0 * subject.trained
+    return moved / wishes.gpu.elementwise
 
 
 def _stage(

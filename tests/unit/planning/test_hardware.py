@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from isthmus.errors import ConfigError
+from isthmus.planning import compute
 from isthmus.planning.hardware import ALIASES, GPUS, find_gpu, probe_cpu
 
 
@@ -29,7 +30,10 @@ def test_an_unknown_one_is_refused_with_the_nearest() -> None:
 
 
 def test_the_probe_measures_something() -> None:
-    found = probe_cpu(((64, 64, 64), (64, 64, 256)), rounds=1)
-    assert found.rate("fp32") > 1e6
+    products = compute.linear(64, 64, 256).products
+    assert {product.kind for product in products} == {"forward", "input", "weight"}
+    found = probe_cpu(products, rounds=1)
+    assert found.rate("fp32") > 1e6 and found.rate("bf16") == 0
+    assert found.elementwise > 0
     assert found.memory > 1e9
     assert found.bandwidth > 0
