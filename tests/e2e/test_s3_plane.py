@@ -92,6 +92,26 @@ def test_index_check_and_read(server: s3.S3Server, tmp_path: Path) -> None:
         index(server.url("nothing"))
 
 
+def test_an_object_that_became_shorter_while_it_was_open_gives_no_foreign_bytes(
+    server: s3.S3Server, tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "cut", 8, per_shard=8)
+    url = upload(tmp_path / "cut", server.url("cut"))
+    index(url)
+    manifest = Manifest.load(url)
+    assert all(isinstance(sample, RawSample) for sample in read_rows(manifest, range(8)))  # its handle stays open
+    shard = manifest.url(0)
+    whole = storage.read_bytes(shard)
+    ends = [row["meta_offset"] + row["meta_length"] for row in manifest.table.to_pylist()]
+    storage.write_bytes(shard, whole[: ends[3]])
+    found = list(read_rows(manifest, range(8)))
+    assert [sample.image for sample in found if isinstance(sample, RawSample)] == [image_bytes(n) for n in range(4)]
+    assert all("it has changed, index it again" in one.reason for one in found[4:] if isinstance(one, Failure))
+    assert len([one for one in found if isinstance(one, Failure)]) == 4
+    with pytest.raises(StorageError, match="does not hold the 100 bytes"):
+        storage.read_range(shard, ends[3] - 50, 100)
+
+
 def test_a_paged_manifest_is_read_by_range(
     server: s3.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 from isthmus.data.manifest import Manifest
 from isthmus.errors import DataError, IsthmusError
 from isthmus.inference.commits import Chunk, Job, Ledger, Quarantined, chunks
-from isthmus.inference.pool import KILLED, Done, Pool
+from isthmus.inference.pool import KILLED, LOADS, Done, Pool
 from isthmus.testing.shards import image_bytes, write_tar
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -98,6 +98,35 @@ class _Work:
 
     def blame(self, row: int, reason: str) -> Quarantined:
         return Quarantined(row, str(row), "shard", 0, reason)
+
+
+def dying(folder: Path, times: int) -> Any:
+    """Makes workers of which the first ``times`` end their process."""
+
+    def load() -> _Work:
+        for number in range(times):
+            try:
+                (folder / str(number)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os._exit(1)
+        return _Work(())
+
+    return load
+
+
+def test_a_process_that_dies_while_it_loads_is_replaced_a_few_times(ray_cluster: Any, tmp_path: Path) -> None:
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for times, good in ((LOADS - 1, True), (LOADS, False)):
+        (marks := tmp_path / f"marks{times}").mkdir()
+        ledger, plan = Ledger(str(tmp_path / f"out{times}"), Job("test", {})), chunks(4, 2)
+        ledger.open()
+        work = Pool(dying(marks, times), ledger, actors=1, cpus=0.5, gpus=0).run(plan)
+        if good:
+            assert sum(commit.rows for commit in work) == 4
+        else:
+            with pytest.raises(IsthmusError, match="died while it loaded the model"):
+                list(work)
 
 
 def pool(out: Path, deadly: Sequence[int], size: int, samples: int) -> tuple[Ledger, list[Chunk], Pool]:

@@ -37,15 +37,18 @@ retries = Retries()
 
 
 class RangeReader:
-    """One open file. A read that fails or comes back short is tried again at the same offset on a fresh handle.
+    """One file. A read that fails or comes back short is tried again at the same offset on a fresh handle.
 
     The position is part of each request, never a state of a stream: a retry cannot skip or repeat bytes.
+
+    Attributes:
+        size: bytes; less than at first once a read has found the file cut.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._lock = threading.Lock()
-        self._handle: pa.NativeFile | None = None
+        self._free: list[pa.NativeFile] = []
         self.size: int = self._persist(lambda handle: handle.size(), "opened")
 
     def read(self, offset: int, length: int) -> bytes:
@@ -54,20 +57,27 @@ class RangeReader:
         Raises:
             StorageError: the file is shorter, or the store failed %d times in a row.
         """
+        self._check(offset, length)
+
+        def exactly(handle: pa.NativeFile) -> bytes:
+            if handle.size() > self.size:  # opened before the file was cut; or it has grown, and is another one
+                raise OSError("the file has changed since it was indexed")
+            self.size = handle.size()
+            self._check(offset, length)
+            data = storage.read_up_to(handle, offset, length)
+            if len(data) != length:
+                raise OSError("the answer was shorter than what was asked for; has the file changed?")
+            return data
+
+        data: bytes = self._persist(exactly, f"read at {offset}")
+        return data
+
+    def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise StorageError(
                 f"{self.url} has {self.size} bytes; {length} bytes at {offset} were asked for.",
                 "The file has changed since it was indexed: index it again.",
             )
-
-        def exactly(handle: pa.NativeFile) -> bytes:
-            data = handle.read_at(length, offset)
-            if len(data) != length:
-                raise OSError("short read")
-            return bytes(data)
-
-        data: bytes = self._persist(exactly, f"read at {offset}")
-        return data
 
     def _persist(self, work: Callable[[pa.NativeFile], Any], what: str) -> Any:
         """``work`` of a handle, on fresh ones while it fails as stores do for a moment."""
@@ -75,13 +85,13 @@ class RangeReader:
         for attempt in range(_ATTEMPTS):
             if attempt:
                 retries.add()
+                self.close()  # what was open is as old as the handle that failed
                 time.sleep(0.05 * 2**attempt * (1 + random.random()))  # noqa: S311  (jitter, no secret)
-            handle = None
             try:
-                handle = self._open()
-                return work(handle)
+                handle = self._take()
+                found = work(handle)
             except (OSError, pa.ArrowException) as error:
-                reason = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0].rstrip(".")
                 problem = f"{self.url} could not be {what} after {_ATTEMPTS} attempts: {reason}."
                 failed = StorageError(problem, "Check the store.")
             except StorageError as error:  # of opening, in words; what is not there or not allowed stays so
@@ -90,29 +100,26 @@ class RangeReader:
                 ):
                     raise
                 failed = error
-            if handle is not None:
-                self._drop(handle)
+            else:
+                with self._lock:
+                    self._free.append(handle)
+                return found
         assert failed is not None
         raise failed
 
     def close(self) -> None:
-        """Give the handle back; a later read opens it again."""
+        """Give the handles back; a later read opens the file again."""
         with self._lock:
-            handle, self._handle = self._handle, None
-        if handle is not None:
+            handles, self._free = self._free, []
+        for handle in handles:
             handle.close()
 
-    def _open(self) -> pa.NativeFile:
+    def _take(self) -> pa.NativeFile:
+        """A handle that no other thread reads through; one that failed does not come back."""
         with self._lock:
-            if self._handle is None:
-                self._handle = storage.open_input(self.url)
-            return self._handle
-
-    def _drop(self, handle: pa.NativeFile) -> None:
-        # Not closed here: another thread may be reading through it. It closes itself when the last of them lets go.
-        with self._lock:
-            if self._handle is handle:
-                self._handle = None
+            if self._free:
+                return self._free.pop()
+        return storage.open_input(self.url)
 
 
 RangeReader.read.__doc__ = (RangeReader.read.__doc__ or "") % _ATTEMPTS

@@ -145,18 +145,21 @@ def _coalesce(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def _read_span(manifest: Manifest, span: Sequence[Piece]) -> dict[Piece, bytes | str]:
-    shard = span[0][0]
+    shard, start = span[0][:2]
+    end = max(offset + length for _, offset, length in span)
     try:
         file = open_range(manifest.url(shard), manifest.shards[shard].digest)
-        # A file that was cut since still gives what lies before the cut.
-        there = [piece for piece in span if piece[1] + piece[2] <= file.size]
-        if len(there) < len(span):
-            gone = dict.fromkeys(span, f"{file.url} has {file.size} bytes: it has changed, index it again.")
-            return gone | (_read_span(manifest, there) if there else {})
-        start = span[0][1]
-        data = file.read(start, max(offset + length for _, offset, length in span) - start)
     except IsthmusError as error:
         return dict.fromkeys(span, str(error))
+    # A file that was cut since still gives what lies before the cut.
+    there = [piece for piece in span if piece[1] + piece[2] <= file.size]
+    if len(there) < len(span):
+        gone = dict.fromkeys(span, f"{file.url} has {file.size} bytes: it has changed, index it again.")
+        return gone | (_read_span(manifest, there) if there else {})
+    try:
+        data = file.read(start, end - start)
+    except IsthmusError as error:
+        return _read_span(manifest, span) if file.size < end else dict.fromkeys(span, str(error))
     return {piece: data[piece[1] - start : piece[1] - start + piece[2]] for piece in span}
 
 

@@ -29,6 +29,7 @@ from isthmus.inference.commits import Chunk, Commit, Ledger, Quarantined
 KILLED = "killed the process"
 WHOLE_CHUNK_DEATHS = 2
 SINGLE_DEATHS = 2
+LOADS = 3  # deaths in a row while the model is loaded: then it is not the node
 MAX_DEATHS = 100  # of one run: then it is the machine, not an image
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Pool:
         self._args = (open_work, ledger, store_environment())
         self._ledger = ledger
         self._actors = actors
-        self._deaths = 0
+        self._deaths = self._unready = 0
         self._busy: dict[Any, tuple[Any, _Item | None]] = {}
         self._isolations: dict[int, _Isolation] = {}
         self._queue: deque[_Item] = deque()
@@ -202,6 +203,7 @@ class Pool:
             self._died(item, error)
             return None
         if item is None:
+            self._unready = 0
             self._next(actor)
             return None
         commit = answer if isinstance(answer, Commit) else self._piece(item, answer)
@@ -221,6 +223,11 @@ class Pool:
         self._deaths += 1
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if item is None:
+            self._unready += 1
+            if self._unready < LOADS:  # it may have been the node's fault
+                log.warning("A worker died while it loaded the model (time %d): %s", self._unready, reason)
+                self._start_actor()
+                return
             raise IsthmusError(
                 f"A bulk worker process died while it loaded the model: {reason}",
                 "Give it more memory, or run fewer 'actors' on a machine.",

@@ -45,7 +45,7 @@ def assumptions(subject: Subject, wishes: Wishes, precision: str) -> tuple[Assum
         Assumption(
             "share of it that a step reaches",
             f"{wishes.utilisation:.0%}",
-            "benchmarks/results on two cores: 83 % (stage 1) and 76 % (stage 2) of such products; --mfu"
+            "measured on the plan's own products; work on elements is counted beside them; --mfu covers both"
             if cpu
             else "assumed, not measured: runs of this kind publish 20 to 50 %; measure a few steps and give --mfu",
         ),

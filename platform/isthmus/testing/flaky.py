@@ -96,7 +96,7 @@ class _Connection(socketserver.StreamRequestHandler):
         while line := self.rfile.readline(65536).strip():
             method, path, _ = line.decode("latin-1").split(" ", 2)
             headers = http.client.parse_headers(self.rfile)
-            body = self.rfile.read(int(headers.get("Content-Length") or 0))
+            body = self._body(headers)
             fault = self.server.judge(method, path)
             if fault == "error":
                 self._answer(503, "Service Unavailable", [("Content-Type", "application/xml")], _BUSY, method)
@@ -108,6 +108,20 @@ class _Connection(socketserver.StreamRequestHandler):
             elif not self._forward(method, path, headers, body, fault):
                 return None
         return None
+
+    def _body(self, headers: Any) -> bytes:
+        """The body as it was sent, chunks and trailers included."""
+        if headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            del headers["Expect"]  # the store gets the body at once
+        if headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(headers.get("Content-Length") or 0))
+        parts = [line := self.rfile.readline()]
+        while size := int(line.partition(b";")[0], 16):
+            parts += [self.rfile.read(size + 2), line := self.rfile.readline()]
+        while line.strip():
+            parts.append(line := self.rfile.readline())
+        return b"".join(parts)
 
     def _forward(self, method: str, path: str, headers: Any, body: bytes, fault: Fault | None) -> bool:
         upstream = http.client.HTTPConnection(*self.server.upstream, timeout=60)

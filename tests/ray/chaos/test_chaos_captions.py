@@ -49,7 +49,7 @@ def counts(lake: Path, out: Path) -> dict[str, int]:
     """lost, doubled, silent of the captions in ``out``."""
     rows = Counter(i for part in (out / "parts").glob("*.parquet") for i in pq.read_table(part)["id"].to_pylist())
     wanted = set(Manifest.load(str(lake)).ids.tolist())
-    told = json.loads((out / "report.json").read_text())["captioned"]
+    told = json.loads((out / "report.json").read_text())["done"]
     lost = len(wanted - set(rows))
     doubled = sum(n - 1 for n in rows.values()) + len(set(rows) - wanted)
     return {"lost": lost, "doubled": doubled, "silent": abs(told - len(rows))}

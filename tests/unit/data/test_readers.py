@@ -74,13 +74,17 @@ class Flaky:
     def size(self) -> int:
         return len(self.data)
 
-    def read_at(self, length: int, offset: int) -> bytes:
+    def seek(self, offset: int) -> None:
+        self.offset = offset
+
+    def readinto(self, buffer: bytearray) -> int:
         self.state["calls"] += 1
         if self.state["calls"] % 3 == 1:
             raise OSError("connection reset")
-        if self.state["calls"] % 3 == 2:
-            return self.data[offset : offset + length // 2]
-        return self.data[offset : offset + length]
+        length = len(buffer) // (2 if self.state["calls"] % 3 == 2 else 1)
+        buffer[:length] = self.data[self.offset : self.offset + length]
+        # Arrow's S3 client counts what was asked for, not what came.
+        return len(buffer)
 
 
 def test_failing_and_cut_reads_are_repeated_at_their_offset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +106,7 @@ def test_failing_and_cut_reads_are_repeated_at_their_offset(monkeypatch: pytest.
 
 def test_a_store_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead(Flaky):
-        def read_at(self, length: int, offset: int) -> bytes:
+        def readinto(self, buffer: bytearray) -> int:
             raise pa.ArrowInvalid("no")
 
     monkeypatch.setattr(ranges.storage, "open_input", lambda url: Dead(bytes(10), {}))
