@@ -84,8 +84,12 @@ def loss_difference(root: Path, name: str, control: str) -> float:
     return max(abs(one[step][part] - two[step][part]) for step in one for part in one[step])
 
 
-def weight_difference(root: Path, name: str, control: str) -> float:
-    """The largest difference of any trained parameter."""
+def weight_difference(root: Path, name: str, control: str, without: str = "") -> float:
+    """The largest difference of any trained parameter; of those whose name ends with ``without`` none is looked at."""
     one, two = (load_file(root / "runs" / run / "artefact" / "model.safetensors") for run in (name, control))
     assert one.keys() == two.keys()
-    return max(float((one[key].float() - two[key].float()).abs().max()) for key in one if torch.numel(one[key]))
+    return max(
+        float((one[key].float() - two[key].float()).abs().max())
+        for key in one
+        if torch.numel(one[key]) and not (without and key.endswith(without))
+    )

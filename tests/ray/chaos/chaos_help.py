@@ -46,11 +46,11 @@ class Report:
         assert survived, row
 
 
-def differences(root: Path, name: str, control: str) -> dict[str, float]:
-    """How far a run's losses and weights are from those of the undisturbed run."""
+def differences(root: Path, name: str, control: str, without: str = "") -> dict[str, float]:
+    """How far a run's losses and weights (but for those that end with ``without``) are from the undisturbed run's."""
     return {
         "loss_difference": account.loss_difference(root, name, control),
-        "weight_difference": account.weight_difference(root, name, control),
+        "weight_difference": account.weight_difference(root, name, control, without),
     }
 
 

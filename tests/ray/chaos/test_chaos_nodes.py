@@ -148,7 +148,9 @@ def test_workers_go_and_come_while_the_run_goes_on(nodes: Nodes, ground: Path, c
         "world size 2 to 1 to 2",
         judge(ground, name),
         recovery_s=max(shrunk, after(ground, name, back)),
-        differences=differences(ground, name, control),
+        # No loss depends on the bias of attention's keys, which softmax takes away again: its gradient is rounding
+        # alone, which is another one at another world size, and which AdamW makes steps of full size of.
+        differences=differences(ground, name, control, without="attention.key.bias"),
         within=1e-5,
-        note=f"going on with one worker took {shrunk:.1f} s",
+        note=f"going on with one worker took {shrunk:.1f} s; biases of keys, which no loss depends on, not compared",
     )

@@ -47,13 +47,13 @@ def test_a_corrupt_image(ground: Path, control: str, report: Report, tmp_path: P
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of ``side`` x ``side`` white pixels of one bit, some 24,000 times smaller than what it unfolds to."""
+    """A PNG of ``side`` x ``side`` black pixels of one bit, some 24,000 times smaller than what it unfolds to."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     packer = zlib.compressobj(9)
-    line = bytes([0]) + b"\xff" * -(-side // 8)
+    line = bytes(1 + -(-side // 8))  # its filter, 0 too, and the pixels
     packed = b"".join(packer.compress(line) for _ in range(side)) + packer.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
