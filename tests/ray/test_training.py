@@ -83,6 +83,7 @@ def test_a_finished_run_returns_at_once_and_under_a_new_alias(root: str, calm: M
         fit(tiny.recipe(root, "calm", model=MODEL, train={"lr": 0.5}), progress=False)
 
 
+@pytest.mark.slow  # `make chaos` has it too, with every other death
 def test_a_killed_worker_changes_nothing_in_the_result(root: str, calm: ModelVersion) -> None:
     killed = fit(tiny.recipe(root, "killed", method={"die_at": 7}), progress=False)
     assert Path(f"{root}/killed.marker").exists(), "the worker was not killed"
