@@ -28,6 +28,7 @@ from isthmus.errors import IsthmusError, StorageError, nearest
 T = TypeVar("T")
 
 _PIECE = 8 << 20
+_UNREAD = b"\x5a"  # rare as the last byte of a picture, a text or padding
 
 _S3_VARIABLES = (
     "AWS_ENDPOINT_URL_S3",
@@ -93,15 +94,18 @@ def read_up_to(source: pa.NativeFile, offset: int, length: int) -> bytes:
 
     Where an object has become shorter than it was when it was opened, Arrow's S3 client (25.0) says that it read all
     that was asked for, and leaves the end of the buffer as it was: whatever was in that memory before would be taken
-    for data. So the end is marked, and a mark that is still there means that nothing was written over it.
+    for data. So the last byte is set before; if it is the same afterwards, it is asked for once more by itself.
     """
     buffer = bytearray(length)
-    mark = os.urandom(min(16, length))
-    buffer[length - len(mark) :] = mark
+    buffer[-1:] = _UNREAD[:length]
     source.seek(offset)
-    count = source.readinto(buffer)
-    untouched = bool(mark) and buffer.endswith(mark)
-    return bytes(memoryview(buffer)[: max(0, min(count, length - len(mark))) if untouched else count])
+    count = int(source.readinto(buffer))
+    if count and count == length and buffer.endswith(_UNREAD):
+        last = bytearray(1)
+        source.seek(offset + length - 1)
+        if source.readinto(last) != 1 or last != _UNREAD:  # S3 refuses a range that begins behind the end
+            count -= 1
+    return bytes(memoryview(buffer)[:count])
 
 
 def write_bytes(url: str, data: bytes) -> None:

@@ -108,6 +108,15 @@ def test_an_object_that_became_shorter_while_it_was_open_gives_no_foreign_bytes(
     assert [sample.image for sample in found if isinstance(sample, RawSample)] == [image_bytes(n) for n in range(4)]
     assert all("it has changed, index it again" in one.reason for one in found[4:] if isinstance(one, Failure))
     assert len([one for one in found if isinstance(one, Failure)]) == 4
+    for missing in (1, 5, 40):  # a handle that was opened before, and little that is gone
+        source = storage.open_input(shard)
+        storage.write_bytes(shard, whole[: ends[3] - missing])
+        try:
+            read = storage.read_up_to(source, ends[3] - 60, 60)
+        except OSError:
+            continue
+        assert len(read) < 60, missing
+        storage.write_bytes(shard, whole[: ends[3]])
     with pytest.raises(StorageError, match="does not hold the 100 bytes"):
         storage.read_range(shard, ends[3] - 50, 100)
 

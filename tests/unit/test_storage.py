@@ -31,6 +31,8 @@ def test_bytes_ranges_and_sizes(tmp_path: Path) -> None:
         storage.read_range(url, 90, 20)
     with storage.open_input(url) as source:
         assert storage.read_up_to(source, 50, 3) == bytes([50, 51, 52])
+        assert storage.read_up_to(source, 80, 11) == bytes(range(80, 91)), "it ends as an unread byte does"
+        assert storage.read_up_to(source, 95, 9) == bytes(range(95, 100)) and storage.read_up_to(source, 5, 0) == b""
 
 
 def test_listing_is_recursive_sorted_and_skips_hidden_files(tmp_path: Path) -> None:
