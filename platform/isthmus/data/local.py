@@ -14,7 +14,7 @@ import torch
 from isthmus.contracts import Batch, Collate, Sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, SampleOrder, mix
-from isthmus.data.pixels import TrainingPixels
+from isthmus.data.pixels import BatchMemory, TrainingPixels
 from isthmus.data.ranges import retries
 from isthmus.data.readers import Failure, RawSample, failure_of
 from isthmus.data.sets import Named, Sets
@@ -122,12 +122,13 @@ class Plan:
                 rows.append(to_sample(*sets.place(number), stored, augment, self.size))
         return LocalRows(raw.step, tuple(rows), retries=raw.retries)
 
-    def finish(self, local: LocalRows) -> LocalRows:
-        """What was decoded, with the pixels that the model takes: float32 [3, H, W], rows of one array."""
+    def finish(self, local: LocalRows, memory: BatchMemory | None = None) -> LocalRows:
+        """What was decoded, with the pixels that the model takes: float32 [3, H, W], rows of one array, in ``memory``
+        where that is given."""
         if self.pixels is None:
             return local
         uint8 = [row.pixels_CHW for row in local.rows if isinstance(row, Sample)]
-        finished = iter(self.pixels.finish(uint8))
+        finished = iter(self.pixels.finish(uint8, memory))
         rows = (replace(row, pixels_CHW=next(finished)) if isinstance(row, Sample) else row for row in local.rows)
         return replace(local, rows=tuple(rows))
 

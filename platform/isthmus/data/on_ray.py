@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from isthmus.contracts import Sample
 from isthmus.data.local import LocalRows, Plan, RawRows, Row, spans_of
+from isthmus.data.pixels import BatchMemory
 from isthmus.data.streamed import Encoding, StepEncoder
 from isthmus.errors import DataError, IsthmusError
 
@@ -159,13 +160,14 @@ def _pipeline(
             num_gpus=encoding.gpus,
             resources=dict(encoding.resources),
         )
+    memory = BatchMemory(2 * prefetch + 2)
     expected = iter(range(spans[0].start, spans[-1].stop))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch):
         for number in range(len(block["step"])):
             local = _unpacked({name: column[number] for name, column in block.items()})
             if local.step != next(expected, None):
                 raise DataError(f"Ray Data delivered step {local.step} out of order.", "Report this as a fault.")
-            yield local if local.encoder else plan.finish(local)
+            yield local if local.encoder else plan.finish(local, memory)
 
 
 def _stored(step: int, rest: Any) -> pa.Table:

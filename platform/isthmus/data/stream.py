@@ -22,7 +22,7 @@ from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
 from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
-from isthmus.data.pixels import training_pixels
+from isthmus.data.pixels import BatchMemory, training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
@@ -202,7 +202,9 @@ def _on_threads(
     plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
     raw = (rows for span in spans_of(plan.order, steps) for rows in plan.read(span))
-    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows)), ahead(raw, prefetch), workers, prefetch)
+    # As many as are under way: decoded, in line for the trainer, and with it.
+    memory = BatchMemory(workers + 2 * prefetch + 2)
+    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows), memory), ahead(raw, prefetch), workers, prefetch)
     return decoded if encoding is None else map(StepEncoder(encoding), decoded)
 
 
