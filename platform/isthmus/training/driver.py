@@ -20,6 +20,7 @@ from isthmus.data.parallel import store_environment
 from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
 from isthmus.training import preflight
+from isthmus.training.cost import Cost
 from isthmus.training.interrupt import interruptible
 from isthmus.training.metrics import Shipper, Spool, mlflow_file_sender, mlflow_sender
 from isthmus.training.preflight import Plan
@@ -51,10 +52,12 @@ def fit(config: RunConfig, *, progress: bool = True) -> ModelVersion:
         return version
     preflight.write_recipe(plan)
     local = _local_folder(plan)
-    with ray_session(plan.run.cluster.most_workers * plan.run.cluster.cpus_per_worker):
-        tracked = Tracked(plan, local)
-        watch = _train(plan, local, tracked, progress)
-    return _finish(plan, tracked, watch)
+    with Cost(plan.folder, local / "metrics.jsonl") as cost:
+        with ray_session(plan.run.cluster.most_workers * plan.run.cluster.cpus_per_worker):
+            tracked = Tracked(plan, local)
+            watch = _train(plan, local, tracked, progress)
+        cost.exported(watch.facts.get("exported", {}))
+        return _finish(plan, tracked, watch)
 
 
 def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
