@@ -38,7 +38,8 @@ def write_subset(manifest: Manifest, rows: Sequence[int] | np.ndarray, out: str)
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     counts = np.diff(np.searchsorted(chosen, starts))
     kept = np.flatnonzero(counts)
-    shards = [replace(manifest.shards[i], name=_absolute(manifest.url(i)), samples=int(counts[i])) for i in kept]
+    numbered = [(manifest.shards[i], manifest.url(i), int(counts[i])) for i in kept.tolist()]
+    shards = [replace(shard, name=_absolute(url), samples=count) for shard, url, count in numbered]
     with Assembly(out) as table:
         for first in range(0, len(chosen), GROUP_ROWS):
             table.append(_renumbered(manifest.take(chosen[first : first + GROUP_ROWS]), kept))
