@@ -142,7 +142,7 @@ def curate(config: CurateConfig) -> CurateReport:
 
 
 def _check_space(config: CurateConfig, known: Prototypes, embedded: Embedded | None, manifest: Manifest) -> None:
-    if embedded and embedded.manifest_digest not in manifest.digests[:1]:
+    if embedded and embedded.manifest_digest != manifest.digest:
         raise DataError(f"{config.vectors} is of other data than {config.data}.", "Embed this data, or name the other.")
     wanted = model_space(embedded.model) if embedded else text_space(config.text) if config.text else ""
     if known.space and known.space != wanted:
@@ -185,8 +185,8 @@ class CurateWork:
         """
         c, vectors_KE = self._config, self._known.vectors_KE
         collector = Collector(len(vectors_KE), c.top, c.nearest, c.min_score)
-        nearest, aside = [np.zeros((3, 0))], list[Quarantined]()
-        found = list[np.ndarray]()
+        ids, numbers, scores = list[int](), list[int](), list[float]()
+        aside = list[Quarantined]()
         for group in self._source.read(rows):
             if not isinstance(group, Group):
                 aside += group
@@ -201,14 +201,13 @@ class CurateWork:
                 scores_BK = _slice(group, start, start + c.batch).scores(vectors_KE)
                 ids_B = group.ids_B[start : start + c.batch]
                 collector.add(ids_B, scores_BK)
-                found.append(ids_B)
-                nearest.append(np.stack([ids_B * 0, scores_BK.argmax(1), scores_BK.max(1)]))
-        ids = np.concatenate(found) if found else np.zeros(0, np.int64)
-        self._rows.complete(rows, ids.tolist(), aside)
-        _, numbers, scores = np.concatenate(nearest, axis=1)
+                ids += ids_B.tolist()
+                numbers += scores_BK.argmax(1).tolist()
+                scores += scores_BK.max(1).tolist()
+        self._rows.complete(rows, ids, aside)
         columns = {
             "id": pa.array(ids, pa.int64()),
-            "class": pa.array([self._known.names[int(n)] for n in numbers], pa.string()),
+            "class": pa.array([self._known.names[n] for n in numbers], pa.string()),
             "score": pa.array(scores, pa.float32()),
         }
         return Done(pa.table(columns), tuple(aside), {TOP: collector.result().table()})

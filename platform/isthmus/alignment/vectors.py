@@ -112,9 +112,10 @@ class Embedded:
             vectors, counts = fixed_rows(pa.chunked_array([nested.flatten()])), np.diff(nested.offsets.to_numpy())
         else:
             table = self._read(f"{TEXTS}/{name}", ["id", "embedding"])
-            vectors = fixed_rows(table["embedding"])
-            # An embedding job writes captions sample by sample, in the order of its images.
-            counts = np.array([np.count_nonzero(table["id"].to_numpy() == i) for i in ids]) if len(ids) else ids
+            by_id = np.argsort(ids)
+            place_M = by_id[np.searchsorted(ids, table["id"].to_numpy(), sorter=by_id)]
+            vectors = fixed_rows(table["embedding"])[np.argsort(place_M, kind="stable")]
+            counts = np.bincount(place_M, minlength=len(ids))
         aside = storage.join(self.url, QUARANTINE, name)
         rows = self._read(f"{QUARANTINE}/{name}").to_pylist() if storage.exists(aside) else []
         return ids, vectors, counts, [Quarantined(**row) for row in rows]
@@ -140,7 +141,8 @@ class Stored:
                 kept = counts[mine_B]
                 yield Group(ids[mine_B], vectors[np.repeat(mine_B, counts)], np.cumsum([0, *kept[:-1]]))
             bare = ids[np.isin(ids, wanted) & (counts == 0)]
-            yield [q for q in aside if q.id in set(wanted.tolist())] + [_without(i) for i in bare.tolist()]
+            asked = set(wanted.tolist())
+            yield [q for q in aside if q.id in asked] + [_without(i) for i in bare.tolist()]
 
 
 def _without(sample_id: int) -> Quarantined:

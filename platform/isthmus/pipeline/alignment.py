@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from isthmus import storage
+from isthmus.alignment.curate import CurateReport
 from isthmus.alignment.select import PairRow, SelectReport
 from isthmus.pipeline.page import render
-from isthmus.pipeline.plots import bars, heat_map
+from isthmus.pipeline.plots import bars, heat_map, histogram
 
 
 def write_select_page(report: SelectReport) -> str:
@@ -52,3 +53,32 @@ def _plots(report: SelectReport, kernel: str) -> list[str]:
 
 def _pair(row: PairRow) -> str:
     return f"{row.vision}\n{row.text}"
+
+
+def write_curation_page(report: CurateReport) -> str:
+    """The page of ``isthmus data curate``, beside its report; returns its URL."""
+    rows = sorted(report.classes, key=lambda row: (-row.taken, row.name))
+    shown = [*rows[:20], *rows[20:][-20:]]
+    scores = {"best of a class": [row.best for row in rows if row.best is not None]}
+    scores["last taken"] = [row.last for row in rows if row.last is not None]
+    page = render(
+        "curation.html",
+        title="Isthmus: a choice by concept",
+        lead=f"Samples of {report.data} by class, the rarest class served first, each sample once.",
+        tiles=[
+            {"name": "chosen", "value": f"{report.chosen:,}", "note": f"of {report.samples:,} samples", "state": ""},
+            {"name": "full", "value": f"{report.full:,}", "note": f"of {len(rows):,} classes", "state": ""},
+            {"name": "short", "value": f"{report.short:,}", "note": "classes with fewer samples", "state": ""},
+            {"name": "empty", "value": f"{report.empty:,}", "note": "classes without a sample", "state": ""},
+            {"name": "unreadable", "value": f"{report.unreadable:,}", "note": "set aside", "state": ""},
+        ],
+        plots=[
+            bars("Samples of a class, the most and the fewest", {"taken": {r.name: r.taken for r in shown}}, "samples"),
+            histogram("Samples of a class", {"classes": [row.taken for row in rows]}, "samples taken"),
+            histogram("Cosine to the class", scores, "cosine"),
+        ],
+        report=report,
+    )
+    url = storage.join(report.out, "curation.html")
+    storage.write_bytes(url, page.encode())
+    return url
