@@ -1,4 +1,4 @@
-"""``isthmus data``: bring, index, check, count and encode image-text data."""
+"""``isthmus data``: bring, index, check, count, encode and curate image-text data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isthmus.commands.shell import USAGE, plain, show
 from isthmus.errors import ConfigError
 from isthmus.ray_session import ray_session
 
-app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count and encode image-text data.")
+app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count, encode and curate image-text data.")
 
 
 @app.command()
@@ -173,3 +173,48 @@ def cache(
 
     with ray_session(actors):
         show(build_cache(data, out, vision, actors=actors, batch=batch))
+
+
+Words = Annotated[list[str], typer.Argument(metavar="[RECIPE] [KEY=VALUE]", show_default=False)]
+
+
+@app.command()
+def prototypes(words: Words) -> None:
+    """Write one vector for each class: of prompts with its name, or of images that are labelled with it.
+
+    Examples:
+      $ isthmus data prototypes out=runs/classes.parquet text=pkg:all-minilm-l6-v2 classes='[cat, dog, house]'
+      $ isthmus data prototypes out=runs/classes.parquet model=models:/demo-projector@candidate class_file=names.txt
+      $ isthmus data prototypes out=runs/classes.parquet vectors=runs/labelled-vectors data=s3://bucket/labelled
+    """
+    from isthmus.config import PrototypesConfig
+
+    config = recipes.load(PrototypesConfig, words)
+    from isthmus.alignment.prototypes import prototypes as work
+
+    show(work(config))
+
+
+@app.command()
+def curate(words: Words) -> None:
+    """Choose samples by concept: of each class the best, rare classes first, each sample once. Run again to resume.
+
+    The choice is a data set for data.train, over the same shards; its report is in curation.json and curation.html.
+
+    Examples:
+      $ isthmus data curate data=data/demo/train out=data/curated prototypes=runs/classes.parquet \\
+          text=pkg:all-minilm-l6-v2 per_class=50 top=500
+      $ isthmus data curate data=s3://bucket/lake out=s3://bucket/curated prototypes=s3://bucket/classes.parquet \\
+          vectors=s3://bucket/vectors actors=32
+    """
+    from isthmus.config import CurateConfig
+
+    config = recipes.load(CurateConfig, words)
+    from isthmus.alignment.curate import curate as work
+    from isthmus.pipeline.alignment import write_curation_page
+
+    with ray_session(config.actors * config.cpus_per_actor):
+        report = work(config)
+    page = write_curation_page(report)
+    title = f"Chosen: {report.chosen} of {report.samples} samples, for {report.full + report.short} classes."
+    show({**plain(report), "page": page}, title=title)

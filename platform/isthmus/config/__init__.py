@@ -1,5 +1,6 @@
 """Typed recipes: YAML -> frozen pydantic models that refuse unknown keys."""
 
+from isthmus.config.alignment import CurateConfig, PrototypesConfig, SelectConfig
 from isthmus.config.base import Config, MethodConfig
 from isthmus.config.evaluation import ClassificationConfig, EvaluateConfig, LayoutConfig, MatchingConfig, VqaConfig
 from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
@@ -27,6 +28,7 @@ __all__ = [
     "ClassificationConfig",
     "ClusterConfig",
     "Config",
+    "CurateConfig",
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
@@ -35,9 +37,11 @@ __all__ = [
     "MatchingConfig",
     "MethodConfig",
     "Place",
+    "PrototypesConfig",
     "QFormerConfig",
     "RegisterConfig",
     "RunConfig",
+    "SelectConfig",
     "ServeConfig",
     "SetConfig",
     "TextConfig",

@@ -162,22 +162,23 @@ class FeatureCache:
         self._keys = self.ids[self._sorted]
 
     @classmethod
-    def open(cls, url: str, *, expect: Mapping[str, str] | None = None) -> FeatureCache:
+    def open(cls, url: str, *, expect: Mapping[str, str | tuple[str, ...]] | None = None) -> FeatureCache:
         """Open the cache at ``url``; one that is not on this machine is copied to a scratch folder first.
 
         Args:
-            expect: values that the meta data must have, among ``manifest_digest``, ``encoder_digest`` and
-                ``transform_digest``.
+            expect: values that the meta data must have, or several of which it must have one, among
+                ``manifest_digest``, ``encoder_digest`` and ``transform_digest``.
 
         Raises:
             DataError: unfinished, damaged, or not of the data or encoder that ``expect`` names.
         """
         meta = read_meta(url)
         for name, wanted in (expect or {}).items():
-            if (held := getattr(meta, name)) != wanted:
+            known = (wanted,) if isinstance(wanted, str) else wanted
+            if (held := getattr(meta, name)) not in known:
                 what = name.removesuffix("_digest")
                 raise DataError(
-                    f"The feature cache {url} was made with another {what} ({held[:12]}, expected {wanted[:12]}).",
+                    f"The feature cache {url} was made with another {what} ({held[:12]}, expected {known[0][:12]}).",
                     "Build a cache for this one in another folder with `isthmus data cache`.",
                 )
         folder = storage.local_path(url) if storage.is_local(url) else _copied(url, meta)

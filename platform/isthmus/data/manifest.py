@@ -58,6 +58,7 @@ class Manifest:
         shards: in the order that the column ``shard`` counts.
         rows: one per sample, columns of :data:`isthmus.data.records.SCHEMA`, ordered by (shard, offset).
         images_from: further places of images that tables name, beside the store that ``root`` is in.
+        subset_of: digest of the data set that these samples were chosen from, ids and all; "" where none was.
     """
 
     root: str
@@ -65,6 +66,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     rows: Rows
     images_from: tuple[str, ...] = ()
+    subset_of: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,6 +138,11 @@ class Manifest:
         """Samples that have a caption."""
         return self.rows.captioned
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the data sets whose feature caches hold its samples: its own, and of what it is a subset of."""
+        return (self.digest, self.subset_of) if self.subset_of else (self.digest,)
+
     def url(self, shard: int) -> str:
         """The URL of shard number ``shard``."""
         return storage.join(self.root, self.shards[shard].name)
@@ -167,7 +174,10 @@ class Manifest:
             raise DataError(f"The manifest of {url} is damaged: {error}.", "Index the folder again.") from error
         if version != VERSION:
             raise DataError(f"The manifest of {url} has version {version}, not {VERSION}.", "Index the folder again.")
-        manifest = cls(url, header["digest"], shards, rows, tuple(header.get("images_from", ())))
+        origin = header.get("subset_of") or {}
+        manifest = cls(
+            url, header["digest"], shards, rows, tuple(header.get("images_from", ())), str(origin.get("digest", ""))
+        )
         # The digest is made of all rows; pages name the one that they belong to and need not be read for it.
         whole = isinstance(rows, Whole)
         if len(rows) != sum(shard.samples for shard in shards) or (
@@ -284,7 +294,7 @@ def index(
         _refuse_collisions(rows, shards)
         digest = digest_of(shards, rows.column)
         header = header_of(shards, rows.rows, digest, problems, more if rows.names_files else ())
-        _write(root, rows, header, settled, rules)
+        save_stamps(root, settled, rules, *write(root, rows, header))
     return IndexReport(
         rows.rows, len(shards), tuple(problems), digest, reused=len(kept), passed_over=len(found) - len(shards)
     )
@@ -356,7 +366,8 @@ def header_of(
     return header
 
 
-def _write(root: str, rows: Assembly, header: dict[str, Any], stamps: dict[str, str], rules: dict[str, Any]) -> None:
+def write(root: str, rows: Assembly, header: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Writes a complete manifest. Returns the bytes of its header, and of its table where that is not paged."""
     storage.make_dirs(root)
     # The header goes last and names the table's digest: a reader between the two writes is told, not misled.
     more, table_bytes = rows.write(header["digest"])
@@ -364,7 +375,7 @@ def _write(root: str, rows: Assembly, header: dict[str, Any], stamps: dict[str, 
     storage.write_bytes(storage.join(root, HEADER_FILE), header_bytes)
     if not more:
         storage.delete(storage.join(root, PAGES_FILE))  # of a time when there were more rows
-    save_stamps(root, stamps, rules, header_bytes, table_bytes)
+    return header_bytes, table_bytes
 
 
 def _first(problems: Sequence[Problem], count: int = 3) -> str:

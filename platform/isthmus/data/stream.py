@@ -256,7 +256,7 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
     caches: list[FeatureCache] = []
     for one, manifest in zip(data.sets, sets.manifests, strict=True):
         assert one.cache is not None  # the configuration's own rule
-        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digest, **dict(known)}))
+        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digests, **dict(known)}))
     check_alike({cache.url: cache.meta for cache in caches})
     return caches
 

@@ -19,7 +19,14 @@ from isthmus.data.readers import Failure
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import DataError
 from isthmus.evaluation.captioning import permuted, score_captions
-from isthmus.evaluation.classification import class_ranks, class_vectors, classification_metrics, prompts
+from isthmus.evaluation.classification import (
+    class_ranks,
+    class_vectors,
+    classification_intervals,
+    classification_metrics,
+    prompts,
+)
+from isthmus.evaluation.intervals import METHOD
 from isthmus.evaluation.layouts import Extras
 from isthmus.evaluation.matching import matching_metrics
 from isthmus.evaluation.pool import Runner
@@ -121,6 +128,8 @@ def retrieval(held: Held) -> TaskResult:
         "rerank": config.rerank,
         "text_max_length": config.text_max_length or "the recipe's",
         "texts": "cleaned as captions are in training (LAVIS's caption processor)",
+        **found.intervals(config.seed),
+        "ci95": METHOD,
     }
     return TaskResult(found.metrics(), facts, _retrieval_rows(read, captions, owner_C, found))
 
@@ -311,6 +320,8 @@ def classification(held: Held) -> TaskResult:
         "templates": list(config.classification.templates),
         "ties": TIES,
         "text_max_length": config.text_max_length or "the recipe's",
+        **classification_intervals(ranks_N, len(classes)),
+        "ci95": METHOD,
     }
     rows = {
         image_id: {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.contracts import Comm, Reference
+from isthmus.contracts import Comm, LocalComm, Reference
 from isthmus.losses.counting import GlobalMean
 
 
@@ -67,6 +67,7 @@ def contrast(
     smoothing: float = 0.0,
     full_gradient: bool = False,
     image_ids_B: Tensor | None = None,
+    own_rows: bool = False,
 ) -> Contrast:
     """Cross-entropy both ways over the global batch, averaged.
 
@@ -80,7 +81,10 @@ def contrast(
             gives the gradient of the loss of the global batch on one process.
         image_ids_B: int64; given, all columns of a row's image are its positives in equal parts. Without them only its
             own column is.
+        own_rows: this rank's rows are contrasted with one another alone, and G is B. The mean over rows stays that of
+            all ranks; the loss depends on their number.
     """
+    everyone, comm = comm, LocalComm() if own_rows else comm
     images_GQE = comm.gather(images_BQE, grad=full_gradient)
     texts_GE = comm.gather(texts_BE, grad=full_gradient)
     valid_G = comm.gather(valid_B, grad=False)
@@ -88,7 +92,7 @@ def contrast(
     t2i_BG = best_query_of_columns(texts_BE, images_GQE) / temperature
     positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
-    mean = GlobalMean(valid_B, comm)
+    mean = GlobalMean(valid_B, everyone)
     return Contrast(mean((losses_B[0] + losses_B[1]) / 2), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
 
 
