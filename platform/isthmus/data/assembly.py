@@ -24,7 +24,7 @@ from isthmus.data import pages
 from isthmus.data.listing import TABLE_FILE
 from isthmus.data.pages import PAGES_FILE, PageWriter
 from isthmus.data.records import IMAGE_ID_COLUMN, SCHEMA, URI
-from isthmus.data.rows import count_captioned, image_ids
+from isthmus.data.rows import count_captioned, image_ids, integers
 
 PAGED_FROM = 1 << 20
 """More rows than this are written in pages too."""
@@ -32,7 +32,7 @@ PAGED_FROM = 1 << 20
 GROUP_ROWS = 1 << 17
 """Rows of a row group of the table, and rows that are written together."""
 
-_TEXTS = ("image_ext", "text_ext")
+_TEXTS = ("image_ext", "text_ext", "audio_ext")
 _ENCODINGS = {
     "id": "PLAIN",
     "image_id": "PLAIN",
@@ -52,11 +52,12 @@ class Assembly:
         captioned: those with a caption.
         named_images: those that name their image's id.
         names_files: whether any names a file as its image.
+        sounds: those with a sound file.
     """
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self.rows = self.captioned = self.named_images = 0
+        self.rows = self.captioned = self.named_images = self.sounds = 0
         self.names_files = False
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
@@ -85,6 +86,7 @@ class Assembly:
         self.rows += len(table)
         self.captioned += count_captioned(table)
         self.named_images += len(table) - table[IMAGE_ID_COLUMN].null_count
+        self.sounds += len(table) - table["audio_length"].null_count
         self.names_files = self.names_files or bool(pc.any(pc.equal(table["image_ext"], URI)).as_py())
         self._waiting.append(table)
         self._waiting_rows += len(table)
@@ -102,8 +104,8 @@ class Assembly:
             self._waiting = [pa.concat_tables([SCHEMA.empty_table(), *self._waiting]).combine_chunks()]
 
     def column(self, name: str) -> Iterator[np.ndarray]:
-        """A column of integers without nulls, piece by piece."""
-        return (batch[name].to_numpy() for batch in self._batches([name]))
+        """A column of integers, nulls as -1, piece by piece."""
+        return (integers(batch[name]) for batch in self._batches([name]))
 
     def twins(self) -> list[dict[str, Any]]:
         """Shard and key of two rows of one id; none where all ids differ. Holds the ids of all rows in memory."""

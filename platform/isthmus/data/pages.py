@@ -31,6 +31,7 @@ import pyarrow as pa
 
 from isthmus.data.ranges import RangeReader
 from isthmus.data.records import SCHEMA
+from isthmus.data.rows import integers
 from isthmus.errors import DataError
 
 PAGES_FILE = "manifest.pages"
@@ -223,11 +224,11 @@ class Pages:
         return pa.Table.from_batches(self.batches(columns=columns), self._schema_of(columns))
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column of integers, in memory, [len]."""
+        """A whole column of integers, in memory, [len]; nulls are -1."""
         out = np.empty(self._samples, self.schema.field(name).type.to_pandas_dtype())
         at = 0
         for batch in self.batches(columns=[name]):
-            out[at : at + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
+            out[at : at + len(batch)] = integers(batch[name])
             at += len(batch)
         return out
 

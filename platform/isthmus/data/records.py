@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+VIDEO_KINDS = ("mp4", "mov", "webm", "mkv")
+SOUND_KINDS = ("wav", "ogg", "flac", "mp3")
 IMAGE_ID_COLUMN = "image_id"
 URI = "uri"
 """``image_ext`` of a sample whose image is a file of its own."""
@@ -28,11 +30,16 @@ SCHEMA = pa.schema(
         ("meta_length", pa.int64()),
         ("row", pa.int64()),
         ("image_id", pa.int64()),
+        ("audio_offset", pa.int64()),
+        ("audio_length", pa.int64()),
+        ("audio_ext", pa.string()),
     ]
 )
 """Columns of a manifest. Offsets and lengths are bytes in the shard, -1 where there is no such member; ``row`` is the
 row in a Parquet shard, -1 in tars; ``image_ext`` is :data:`URI` where the row names a file that holds the image;
-``meta`` is the ``.json`` member, or the ``.cls`` where there is none; ``image_id`` is null where none is named."""
+``meta`` is the ``.json`` member, or the ``.cls`` where there is none; ``image_id`` is null where none is named. A clip
+stands where an image does, and ``image_ext`` tells which it is. ``audio`` is a sound file of the sample, null where
+there is none; a clip's own sound track is no member. Manifests of earlier versions have no such columns."""
 
 
 @dataclass(frozen=True)
