@@ -297,11 +297,9 @@ class CoOptimise(SeeingModule):
             )  # fmt: skip
 
     def running_state(self) -> Mapping[str, Tensor]:
-        """What this run has counted outside its parameters; see StageModule."""
         return self.average.state() if self.average is not None else {}
 
     def load_running_state(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on where :meth:`running_state` was taken."""
         if self.average is not None:
             self.average.load(state)
 
