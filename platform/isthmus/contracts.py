@@ -205,6 +205,14 @@ class StageModule(nn.Module):
         """Losses of one local batch; collective calls inside must be the same on every rank."""
         raise NotImplementedError
 
+    def running_state(self) -> Mapping[str, Tensor]:
+        """What a run has counted outside its parameters and later steps depend on, as tensors on the CPU: part of every
+        checkpoint. The same on every rank, and of the same names from the start."""
+        return {}
+
+    def load_running_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where :meth:`running_state` was taken."""
+
     def train(self, mode: bool = True) -> StageModule:
         super().train(mode)
         if mode:
@@ -248,7 +256,10 @@ class Stage:
 
 @runtime_checkable
 class Embeds(Protocol):
-    """A module that places images and texts in one space. Implemented by StageModules that can retrieve."""
+    """A module that places images and texts in one space. Implemented by StageModules that can retrieve.
+
+    Optional for a method: ``contrasts``, False where this model was trained to match pairs and not to place them.
+    """
 
     def embed_images(self, features_BND: Tensor) -> Tensor:
         """Unit vectors, float32 [B, Q, E]; Q is 1 for single-vector methods."""

@@ -67,6 +67,7 @@ def contrast(
     smoothing: float = 0.0,
     full_gradient: bool = False,
     image_ids_B: Tensor | None = None,
+    symmetric: bool = True,
 ) -> Contrast:
     """Cross-entropy both ways over the global batch, averaged.
 
@@ -80,6 +81,7 @@ def contrast(
             gives the gradient of the loss of the global batch on one process.
         image_ids_B: int64; given, all columns of a row's image are its positives in equal parts. Without them only its
             own column is.
+        symmetric: False takes the loss of images looking for their texts alone.
     """
     images_GQE = comm.gather(images_BQE, grad=full_gradient)
     texts_GE = comm.gather(texts_BE, grad=full_gradient)
@@ -89,7 +91,8 @@ def contrast(
     positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
     mean = GlobalMean(valid_B, comm)
-    return Contrast(mean((losses_B[0] + losses_B[1]) / 2), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
+    loss_B = (losses_B[0] + losses_B[1]) / 2 if symmetric else losses_B[0]
+    return Contrast(mean(loss_B), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
 
 
 def _positives(valid_B: Tensor, valid_G: Tensor, image_ids_B: Tensor | None, comm: Comm) -> Tensor:
