@@ -271,6 +271,19 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class Hears(Protocol):
+    """A module that places what is seen and what is heard in one space."""
+
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, Q, E]; of clips the features are [B, T, D]."""
+        ...
+
+    def embed_sounds(self, audio_BNF: Tensor, mask_BN: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, E], of patches [B, Na, 256] and their mask."""
+        ...
+
+
+@runtime_checkable
 class Matches(Protocol):
     """A module that scores given image-text pairs jointly (ITM)."""
 

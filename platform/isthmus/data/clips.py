@@ -61,8 +61,9 @@ class ClipTransform:
 
     @property
     def seen_shape(self) -> tuple[int, ...]:
-        """Of ``pixels_CHW``: [T, 3, H, W], and [1, 3, H, W] of an image."""
-        return (self.frames if self.modality == "video-audio" else 1, 3, self.size, self.size)
+        """Of ``pixels_CHW``: [T, 3, H, W], and [3, H, W] of an image."""
+        one = (3, self.size, self.size)
+        return (self.frames, *one) if self.modality == "video-audio" else one
 
     def arrays(self, raw: RawSample, seed: int = 0) -> dict[str, Any]:
         """Members of a :class:`isthmus.contracts.Sample`.
@@ -73,7 +74,7 @@ class ClipTransform:
         return {"pixels_CHW": self.seen(raw.image, raw.kind, seed), **self.heard(raw.image, raw.kind, raw.sound)}
 
     def seen(self, data: bytes, kind: str, seed: int = 0, limits: Limits = LIMITS) -> np.ndarray:
-        """float32 [T, 3, H, W] of a clip or an image."""
+        """float32 [T, 3, H, W] of a clip, [3, H, W] of an image."""
         is_clip = kind in VIDEO_KINDS
         if is_clip != (self.modality == "video-audio"):
             raise DecodeError(
@@ -89,7 +90,7 @@ class ClipTransform:
         for image, out_CHW in zip(images, out_TCHW, strict=True):
             pixels_HWC = self.image.resized(image, crop.box if crop else None)
             self.image.normalised(crop.mirrored(pixels_HWC) if crop else pixels_HWC, out_CHW)
-        return out_TCHW
+        return out_TCHW if is_clip else out_TCHW[0]
 
     def heard(self, data: bytes, kind: str, sound: bytes | None, limits: Limits = LIMITS) -> dict[str, np.ndarray]:
         """``audio_NF`` float32 [N, 256] and ``audio_mask_N`` bool of a sample's sound file or its clip's track."""

@@ -35,6 +35,7 @@ from isthmus.losses.cross import agreement_rows, aligned_rows, attended_share_ro
 from isthmus.losses.matching import Match, Negatives, matching, matching_reference, mine_negatives
 from isthmus.losses.weighting import DynamicAverage, Uncertainty
 from isthmus.methods.co_optimise_config import CoOptimiseConfig
+from isthmus.methods.heard import CollateClips, FrameSide, SoundSide, clip_transform_of, frozen_tokens
 from isthmus.methods.parts import SeeingModule, in_parts, seeded
 from isthmus.methods.projector import CollateTexts
 from isthmus.methods.sides import ImageSide, Side, TextSide, Tokens
@@ -45,6 +46,9 @@ from isthmus.models.text import build_sentence_encoder
 from isthmus.models.vision import build_vision, describe_vision
 
 log = logging.getLogger(__name__)
+
+AUDIO_SEED = 0x5050
+"""Sets the start of what is trained in the sides apart from that of the rest."""
 
 LARGEST_SCALE = 100.0
 """Of similarities: 1 / temperature never exceeds it (CLIP)."""
@@ -389,6 +393,36 @@ class ImageText(CoOptimise):
         return self.match(features_BND, texts)
 
 
+class Heard(CoOptimise):
+    """Clips or images and their sounds, with the contract by which those are ranked."""
+
+    sides: tuple[Any, SoundSide]
+
+    def __init__(self, config: CoOptimiseConfig, first: Side, second: Side, comm: Comm, seed: int) -> None:
+        super().__init__(config, first, second, comm, seed)
+        self.frames = first.learned if isinstance(first, FrameSide) else None
+
+    def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
+        """Frozen tokens: [B, N, D] of images, [B, T, D] of clips [B, T, 3, H, W].
+
+        Raises:
+            ConfigError: the module was built without its image encoder.
+        """
+        if self.vision is None:
+            raise ConfigError("This model was loaded without its image encoder.", "Load it with with_vision=True.")
+        return frozen_tokens(self.vision, pixels_BCHW, self.micro_batch)
+
+    @torch.no_grad()
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors of images or clips, float32 [B, 1, E]."""
+        return self.vectors(0, self.sides[0].given(features_BND)).unsqueeze(1)
+
+    @torch.no_grad()
+    def embed_sounds(self, audio_BNF: Tensor, mask_BN: Tensor) -> Tensor:
+        """Unit vectors of sounds' patches, float32 [B, E]."""
+        return self.vectors(1, self.sides[1].given(audio_BNF, mask_BN))
+
+
 # ------------------------------------------------------------------------------------------------------- assembly
 
 
@@ -400,7 +434,7 @@ class Pairing:
     second: Side
     module: type[CoOptimise]
     collate: Any
-    transform: Callable[[Any], Any]
+    transform: Any
     augment: Callable[[Any, int], Any]
     image_spec: Mapping[str, int]
 
@@ -420,7 +454,35 @@ def image_text(config: CoOptimiseConfig, context: BuildContext) -> Pairing:
     )
 
 
-PAIRINGS: dict[str, Callable[[CoOptimiseConfig, BuildContext], Pairing]] = {"image-text": image_text}
+def heard(config: CoOptimiseConfig, context: BuildContext) -> Pairing:
+    """Clips or images first, sounds second."""
+    spec = describe_vision(config.vision)
+    vision = build_vision(config.vision) if context.with_vision else None
+    clips = config.modality == "video-audio"
+    with seeded(context.seed ^ AUDIO_SEED):
+        first = FrameSide(vision, spec.width, config) if clips else ImageSide(vision, spec.width)
+        second = SoundSide(config)
+    transform = clip_transform_of(config, spec.transform)
+    return Pairing(
+        first=first,
+        second=second,
+        module=Heard,
+        collate=CollateClips(),
+        transform=transform,
+        augment=spec.transform.augment,
+        image_spec={
+            "tokens": config.frames.count if clips else spec.tokens,
+            "width": spec.width,
+            "image_size": spec.image_size,
+        },
+    )
+
+
+PAIRINGS: dict[str, Callable[[CoOptimiseConfig, BuildContext], Pairing]] = {
+    "image-text": image_text,
+    "video-audio": heard,
+    "image-audio": heard,
+}
 
 
 def references(config: CoOptimiseConfig, global_batch: int) -> Mapping[str, Reference]:
@@ -452,6 +514,6 @@ def build(config: CoOptimiseConfig, context: BuildContext) -> Stage:
         transform=pairing.transform,
         augment=pairing.augment,
         references=partial(references, config),
-        bases=tuple(encoder.base for encoder in encoders if encoder is not None),
+        bases=tuple(encoder.base for encoder in encoders if hasattr(encoder, "base")),
         image_spec=pairing.image_spec,
     )

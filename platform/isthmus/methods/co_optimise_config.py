@@ -11,6 +11,8 @@ from isthmus.config import Config, MethodConfig, TextConfig, VisionConfig
 Count = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 IN_TIME = ("video-audio",)
+HEARD = ("video-audio", "image-audio")
+"""Pairs of modalities whose second side is a sound."""
 """Pairs of modalities whose two sides are sequences over one stretch of time."""
 
 
@@ -71,15 +73,43 @@ class WeightingConfig(Config):
     period: Count | None = Field(None, description="dwa: steps that count as an epoch; the data's own if not given")
 
 
+class AudioConfig(Config):
+    """The sound's side: a transformer over patches of the log-mel spectrum, trained from nothing with the rest.
+
+    There are no pretrained audio weights without a model hub. 16 kHz, 128 mel bands, 25 ms every 10 ms, patches of
+    16 x 16 (Gong et al. 2021).
+    """
+
+    seconds: Annotated[float, Field(ge=0.16, le=60)] = Field(
+        10.0, description="of a sound, from its start, that are heard; whole columns of 0.16 s"
+    )
+    width: Count = 192
+    layers: Annotated[int, Field(ge=0)] = 4
+    heads: Count = 4
+
+
+class FramesConfig(Config):
+    """A clip's frames: each is the mean of a frozen encoder's patches; a small transformer reads their sequence."""
+
+    count: Count = Field(8, description="frames of a clip, uniform in time; in training drawn, each in its own part")
+    width: Count = 192
+    layers: Annotated[int, Field(ge=0)] = Field(2, description="0: positions alone")
+    heads: Count = 4
+
+
 class CoOptimiseConfig(MethodConfig):
     """Options of contrast and cross-attention, optimised together."""
 
     least_batch: ClassVar[int] = 2
 
     name: Literal["co_optimise"] = "co_optimise"
-    modality: Literal["image-text"] = "image-text"
+    modality: Literal["image-text", "video-audio", "image-audio"] = Field(
+        "image-text", description="what the pairs are of"
+    )
     vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig = Field(TextConfig(), description="of image-text alone")
+    audio: AudioConfig = Field(AudioConfig(), description="of video-audio and image-audio alone")
+    frames: FramesConfig = Field(FramesConfig(), description="of video-audio alone")
     embed: Count = Field(512, description="width of the shared space")
     projection: Literal["linear", "mlp"] = Field(
         "linear",
@@ -142,6 +172,13 @@ class CoOptimiseConfig(MethodConfig):
             raise ValueError(
                 "cross.loss 'literal' is zero with no gradient where attention.zero_init holds: nothing is learnt"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> CoOptimiseConfig:
+        for name, section in (("audio", self.audio), ("frames", self.frames)):
+            if section.width % section.heads:
+                raise ValueError(f"{name}.width {section.width} does not divide among {name}.heads {section.heads}")
         return self
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from isthmus.data.local import to_sample
 from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.pages import PAGES_FILE
 from isthmus.data.readers import Failure, RawSample, read_rows
+from isthmus.data.records import SCHEMA
 from isthmus.data.transforms import ImageTransform
 from isthmus.testing.clips import clip_bytes, make_clips, make_heard_images, sound_bytes
 from isthmus.testing.shards import image_bytes, make_dataset, write_tar
 
-SOUNDS = ("audio_offset", "audio_length", "audio_ext")
 IMAGE = ImageTransform(16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), flip=False)
 
 
@@ -63,23 +65,31 @@ def test_the_digest_covers_where_sounds_lie(tmp_path: Path) -> None:
         Manifest.load(str(tmp_path))
 
 
-def test_a_manifest_of_before_there_were_sounds_is_read_and_keeps_its_digest(tmp_path: Path) -> None:
+def test_a_set_without_sounds_has_the_manifest_that_it_always_had(tmp_path: Path) -> None:
     manifest = indexed(make_dataset(tmp_path, 6))
-    assert all(manifest.table[name].null_count == 6 for name in SOUNDS)
-    pq.write_table(manifest.table.drop_columns(list(SOUNDS)), tmp_path / "manifest.parquet")
-    before = Manifest.load(str(tmp_path))
-    assert before.digest == manifest.digest and not before.knows_sounds
-    assert before.sound_bytes_of([0, 5]).tolist() == [0, 0]
-    assert raw(before, 4).captions == raw(manifest, 4).captions and raw(before, 4).sound is None
+    assert manifest.table.schema.names == SCHEMA.names and not manifest.knows_sounds
+    state = hashlib.sha256(json.dumps([1, [dataclasses.asdict(shard) for shard in manifest.shards]]).encode())
+    for name in ("id", "image_offset", "image_length", "text_offset", "text_length", "row"):
+        state.update(manifest.table[name].to_numpy().tobytes())
+    assert manifest.digest == state.hexdigest()
+    assert manifest.sound_bytes_of([0, 5]).tolist() == [0, 0] and raw(manifest, 4).sound is None
     assert check(str(tmp_path)).ok
 
 
 def test_a_paged_manifest_holds_sounds_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first sound comes after pages have been written without."""
     monkeypatch.setattr("isthmus.data.assembly.PAGED_FROM", 2)
-    manifest = indexed(make_heard_images(tmp_path, 5))
-    assert (tmp_path / PAGES_FILE).exists()
-    assert raw(manifest, 3).sound == sound_bytes(hertz=350, rate=22_050)
-    assert manifest.rows.column("audio_length").min() > 0
+    monkeypatch.setattr("isthmus.data.assembly.GROUP_ROWS", 2)
+    monkeypatch.setattr("isthmus.data.pages.PAGE_ROWS", 2)
+    make_dataset(tmp_path / "a", 5)
+    make_heard_images(tmp_path / "b", 5)
+    manifest = indexed(tmp_path)
+    assert (tmp_path / PAGES_FILE).exists() and len(manifest) == 10
+    assert raw(manifest, 8).sound == sound_bytes(hertz=350, rate=22_050)
+    lengths = manifest.rows.column("audio_length")
+    assert (lengths[:5] == -1).all() and (lengths[5:] > 0).all()
+    table = pq.read_table(tmp_path / "manifest.parquet")
+    assert table["audio_length"].fill_null(-1).to_pylist() == lengths.tolist()
 
 
 def test_every_fault_of_a_shard_is_found(tmp_path: Path) -> None:
