@@ -6,6 +6,7 @@ Shape letters: T frames, H height, W width, C channels, S samples.
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def pyav() -> Any:
 
 
 def encode_clip(
-    kind: str, frames_THWC: np.ndarray, fps: int, sound_CS: np.ndarray | None = None, rate: int = 48_000
+    kind: str, frames_THWC: np.ndarray, fps: int | Fraction, sound_CS: np.ndarray | None = None, rate: int = 48_000
 ) -> bytes:
     """A clip of uint8 frames, with a sound track where one is given.
 

@@ -230,7 +230,8 @@ def _cached_rows(
 ) -> tuple[Iterable[LocalRows], Sample]:
     caches = _open_caches(data, stage, sets)
     shape = (caches[0].meta.tokens, caches[0].meta.width)
-    blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, caches[0].meta.dtype))
+    blank = _blank(clip_transform(stage.transform), 0)
+    blank = replace(blank, pixels_CHW=None, features_ND=np.zeros(shape, caches[0].meta.dtype))
 
     def rows() -> Iterator[LocalRows]:
         for step in steps:
@@ -255,7 +256,19 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
         assert one.cache is not None  # the configuration's own rule
         caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digest, **dict(known)}))
     check_alike({cache.url: cache.meta for cache in caches})
+    for cache in caches:
+        _check_sounds(cache, clip_transform(stage.transform))
     return caches
+
+
+def _check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
+    if clips is None and cache.meta.sound is None:
+        return
+    if clips is None or cache.meta.transform_digest != clips.digest:
+        raise DataError(
+            f"The feature cache {cache.url} does not hold the frames and sounds that this recipe reads.",
+            "Build one in another folder: `isthmus data cache DATA OUT --recipe RECIPE`.",
+        )
 
 
 def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
