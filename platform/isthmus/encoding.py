@@ -34,6 +34,7 @@ CODECS = {
 }
 """By file name ending."""
 
+_FAST = {"libx264": {"preset": "veryfast"}, "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"}}
 _EXACT = {"fflags": "bitexact"}
 """No random numbers and no names of versions in the file."""
 
@@ -66,6 +67,7 @@ def encode_clip(
         video = container.add_stream(names.video, rate=fps)
         video.height, video.width = frames_THWC.shape[1:3]
         video.pix_fmt = "yuv420p"
+        video.codec_context.options = _FAST.get(names.video, {})
         video.codec_context.thread_count = 1  # or the bytes depend on the machine's cores
         audio = _sound_stream(container, names.audio, sound_CS, rate) if sound_CS is not None else None
         for number, frame_HWC in enumerate(frames_THWC):

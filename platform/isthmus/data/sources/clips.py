@@ -25,7 +25,7 @@ from isthmus.encoding import encode_clip
 from isthmus.progress import progress
 
 CLIPS = "clips"
-PARTS, FRAMES_A_PART, SIDE, RATE = 8, 4, 64, 48_000
+PARTS, FRAMES_A_PART, SIDE, RATE = 8, 4, 64, 16_000
 FPS = Fraction(25, 2)
 PART_SAMPLES = RATE * FRAMES_A_PART * FPS.denominator // FPS.numerator
 """0.32 s."""

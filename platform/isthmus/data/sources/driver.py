@@ -100,9 +100,8 @@ def fetch(
         StorageError: ``out`` cannot be written.
     """
     started = time.monotonic()
-    if name == CLIPS or name in HEARD:
-        if parquet or synthetic:
-            raise DataError(f"'{name}' is written as tars, and as it is.", "Leave --parquet and --synthetic out.")
+    if (name == CLIPS or name in HEARD) and (parquet or synthetic):
+        raise DataError(f"'{name}' is written as tars, and as it is.", "Leave --parquet and --synthetic out.")
     if name == CLIPS:
         return fetch_clips(out, limit=limit, seed=seed, heldout=heldout, shard_size=shard_size)
     chosen = _chosen(name)
