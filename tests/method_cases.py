@@ -13,6 +13,8 @@ from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Sample, Stag
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
+from isthmus.methods.co_optimise import CoOptimiseConfig
+from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config
 
@@ -35,6 +37,9 @@ def recipe(method: str, folder: Path, **changes: object) -> MethodConfig:
     configs: dict[str, MethodConfig] = {
         "blip2_stage1": Blip2Stage1Config(vision=vision, text=text, qformer=QFORMER),
         "blip2_stage2": Blip2Stage2Config(vision=vision, qformer=QFORMER, language=tiny_lm(folder / "lm")),
+        "co_optimise": CoOptimiseConfig(
+            vision=vision, text=text, embed=16, attention=AttentionConfig(heads=4), itm=MatchConfig(weight=0.5)
+        ),
         "projector": ProjectorConfig(vision=vision, text=text, embed=16, dropout=0.0),
     }
     return configs[method].model_copy(update=changes)

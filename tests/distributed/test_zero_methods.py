@@ -38,7 +38,11 @@ class Silent:
 
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
-    dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
+    dropped = (
+        {"dropout": 0.1}
+        if method in ("co_optimise", "projector")
+        else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
+    )
     config = recipe(method, Path(root), **dropped)
     return RunConfig.model_validate(
         {
@@ -142,6 +146,7 @@ def test_norms_by_part_make_up_the_global_norm(method: str, made: Made) -> None:
             assert norms == pytest.approx({k: plain[row["step"]][k] for k in norms}, rel=1e-3, abs=1e-6), stage
             assert norms["grad_norm/frozen"] == 0.0
     named = {"blip2_stage1": "qformer.cross", "blip2_stage2": "projection", "projector": "image_projector.tokens"}
+    named["co_optimise"] = "second_asks"
     assert plain[1][f"grad_norm/{named[method]}"] > 0
 
 

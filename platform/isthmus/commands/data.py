@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count, encode
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all")] = "all",
+    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all; sounds; clips")] = "all",
     out: Annotated[str, typer.Option(help="Folder or URL; gets train/ and heldout/.")] = "data/demo",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
     heldout: Annotated[int, typer.Option(min=0, help="Pairs kept apart for evaluation.")] = 600,
@@ -31,6 +31,8 @@ def fetch(
       $ isthmus data fetch emoji --out data/emoji
       $ isthmus data fetch all --out s3://bucket/demo --parquet
       $ isthmus data fetch --synthetic --limit 500 --out data/shapes
+      $ isthmus data fetch sounds --out data/sounds
+      $ isthmus data fetch clips --out data/clips
     """
     from isthmus.data.sources import fetch as work
 
@@ -162,17 +164,32 @@ def cache(
     from isthmus.config import VisionConfig, load_config, read_yaml
 
     values: dict[str, object] = {}
+    clips = None
     if recipe is not None:
         method = read_yaml(recipe).get("method")
         if not isinstance(method, dict) or not isinstance(method.get("vision"), dict):
             raise ConfigError(f"{recipe} has no 'method.vision' section.", "Name a training recipe, or give key=value.")
         values = dict(method["vision"])
+        clips = _clips(method)
     _, given = recipes.split(overrides or [])
     vision = load_config(VisionConfig, None, given, values=values)
     from isthmus.data.features import build_cache
 
     with ray_session(actors):
-        show(build_cache(data, out, vision, actors=actors, batch=batch))
+        show(build_cache(data, out, vision, actors=actors, batch=batch, clips=clips))
+
+
+def _clips(method: dict[str, Any]) -> Any:
+    """How the recipe of a method that hears cuts up its samples; None of others."""
+    if method.get("modality", "image-text") == "image-text":
+        return None
+    from isthmus.config import VisionConfig
+    from isthmus.methods.co_optimise_config import CoOptimiseConfig
+    from isthmus.methods.heard import clip_transform_of
+    from isthmus.models.vision import describe_vision
+
+    config = CoOptimiseConfig.model_validate(method)
+    return clip_transform_of(config, describe_vision(VisionConfig.model_validate(method["vision"])).transform)
 
 
 Words = Annotated[list[str], typer.Argument(metavar="[RECIPE] [KEY=VALUE]", show_default=False)]

@@ -191,10 +191,16 @@ def _packed(local: LocalRows) -> dict[str, Any]:
     """Pixels or features as one tensor, everything else pickled: what Ray moves through shared memory."""
     good = [row for row in local.rows if isinstance(row, Sample)]
     arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
-    heads = [(row.id, row.key, row.captions) if isinstance(row, Sample) else row for row in local.rows]
+    heads = [_head(row) if isinstance(row, Sample) else row for row in local.rows]
     return _row(
         local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder, local.retries)
     )
+
+
+def _head(row: Sample) -> dict[str, Any]:
+    """All of a sample but its pixels or features; a sound's patches are few beside those."""
+    sound = {} if row.audio_NF is None else {"audio_NF": row.audio_NF, "audio_mask_N": row.audio_mask_N}
+    return {"id": row.id, "key": row.key, "captions": row.captions, **sound}
 
 
 def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
@@ -209,5 +215,5 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
     heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
     arrays = iter(np.asarray(row["array"]).reshape(tuple(row["shape"])))
-    rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
+    rows: list[Row] = [Sample(**head, **{name: next(arrays)}) if isinstance(head, dict) else head for head in heads]
     return LocalRows(int(row["step"]), tuple(rows), encoder, again)

@@ -68,6 +68,7 @@ def contrast(
     full_gradient: bool = False,
     image_ids_B: Tensor | None = None,
     own_rows: bool = False,
+    symmetric: bool = True,
 ) -> Contrast:
     """Cross-entropy both ways over the global batch, averaged.
 
@@ -83,6 +84,7 @@ def contrast(
             own column is.
         own_rows: this rank's rows are contrasted with one another alone, and G is B. The mean over rows stays that of
             all ranks; the loss depends on their number.
+        symmetric: False takes the loss of images looking for their texts alone.
     """
     everyone, comm = comm, LocalComm() if own_rows else comm
     images_GQE = comm.gather(images_BQE, grad=full_gradient)
@@ -93,7 +95,8 @@ def contrast(
     positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
     mean = GlobalMean(valid_B, everyone)
-    return Contrast(mean((losses_B[0] + losses_B[1]) / 2), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
+    loss_B = (losses_B[0] + losses_B[1]) / 2 if symmetric else losses_B[0]
+    return Contrast(mean(loss_B), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
 
 
 def _positives(valid_B: Tensor, valid_G: Tensor, image_ids_B: Tensor | None, comm: Comm) -> Tensor:

@@ -242,6 +242,16 @@ def _is_map(model: nn.Module) -> bool:
     return not hasattr(model, "patch_embed") and any(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
+def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """A frozen encoder's tokens: [B, N, D] of images [B, 3, H, W]; of clips [B, T, 3, H, W] one token for each frame,
+    the mean of its patches, [B, T, D]."""
+    if pixels.ndim == 4:
+        tokens_BND: Tensor = encoder(pixels)
+        return tokens_BND
+    tokens_BND = encoder(pixels.flatten(0, 1)).mean(1)
+    return tokens_BND.unflatten(0, pixels.shape[:2])
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 

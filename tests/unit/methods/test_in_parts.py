@@ -22,7 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage_of(method: str, folder: Path, **changes: Any) -> Stage:
-    dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
+    dropped = (
+        {"dropout": 0.1}
+        if method in ("co_optimise", "projector")
+        else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
+    )
     return build(recipe(method, folder, **dropped, **changes))
 
 
