@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.config import CompressionConfig
 from isthmus.contracts import Comm, LocalComm
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import LossWeights
 from isthmus.testing.gloo import run_ranks
-from method_cases import QFORMER, batch, build, recipe, samples
+from method_cases import QFORMER, batch, build, dropped, recipe, samples
 
 pytestmark = pytest.mark.timeout(600)  # two processes import all methods, on a machine that may be busy
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -25,13 +26,17 @@ LR = dict.fromkeys(
 LR_ELSE = 0.005
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
 DROPPED = QFORMER.model_copy(update={"dropout": 0.1})
+SHRINKING = CompressionConfig(layers=(0, 1), keep=(0.5,), warmup_steps=2, shrink_steps=5)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"dropout": 0.1} if name == "projector" else {"qformer": DROPPED}) for name in sorted(METHODS)},
+    **{name: (name, dropped(name)) for name in sorted(METHODS)},
     "stage 1, full gather": ("blip2_stage1", {"itc_gather": "full"}),
     "stage 1, image ids": ("blip2_stage1", {"itc_same_image": True}),
     "stage 1, scheduled": ("blip2_stage1", {"itm_every": 2, "itg_every": 3, "weights": LossWeights(itm=0.5)}),
     "stage 1, in parts": ("blip2_stage1", {"qformer": DROPPED}),
     "stage 2, in parts": ("blip2_stage2", {"qformer": DROPPED}),
+    "guided, image ids": ("guided", {"itc_same_image": True, "itc_gather": "detached"}),
+    "guided, scheduled": ("guided", {"pairs_every": 2, "mlm_every": 3, "compression": SHRINKING}),
+    "guided, in parts": ("guided", dropped("guided")),
     "projector, in parts": ("projector", {"dropout": 0.1}),
     "projector, detached": ("projector", {"itc_gather": "detached", "text_features": "tokens"}),
 }

@@ -2,6 +2,7 @@
 
 from isthmus.config.alignment import CurateConfig, PrototypesConfig, SelectConfig
 from isthmus.config.base import Config, MethodConfig
+from isthmus.config.compression import CompressionConfig
 from isthmus.config.evaluation import ClassificationConfig, EvaluateConfig, LayoutConfig, MatchingConfig, VqaConfig
 from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
 from isthmus.config.mixture import SetConfig, whole_weights
@@ -11,12 +12,14 @@ from isthmus.config.schema import (
     ClusterConfig,
     DataConfig,
     EmbedConfig,
+    FusionConfig,
     LanguageConfig,
     QFormerConfig,
     RegisterConfig,
     RunConfig,
     ServeConfig,
     TextConfig,
+    TowerConfig,
     TrackingConfig,
     TrainConfig,
     VisionConfig,
@@ -27,11 +30,13 @@ __all__ = [
     "CaptionConfig",
     "ClassificationConfig",
     "ClusterConfig",
+    "CompressionConfig",
     "Config",
     "CurateConfig",
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
+    "FusionConfig",
     "LanguageConfig",
     "LayoutConfig",
     "MatchingConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "ServeConfig",
     "SetConfig",
     "TextConfig",
+    "TowerConfig",
     "TrackingConfig",
     "TrainConfig",
     "VisionConfig",

@@ -89,9 +89,23 @@ def contrast(
     everyone, comm = comm, LocalComm() if own_rows else comm
     images_GQE = comm.gather(images_BQE, grad=full_gradient)
     texts_GE = comm.gather(texts_BE, grad=full_gradient)
-    valid_G = comm.gather(valid_B, grad=False)
     i2t_BG = best_query(images_BQE, texts_GE) / temperature
     t2i_BG = best_query_of_columns(texts_BE, images_GQE) / temperature
+    return contrast_of(i2t_BG, t2i_BG, valid_B, comm, smoothing=smoothing, image_ids_B=image_ids_B)
+
+
+def contrast_of(
+    i2t_BG: Tensor,
+    t2i_BG: Tensor,
+    valid_B: Tensor,
+    comm: Comm,
+    *,
+    smoothing: float = 0.0,
+    image_ids_B: Tensor | None = None,
+) -> Contrast:
+    """The same of logits that are there already: local images against global texts, local texts against global images.
+    The other arguments are those of :func:`contrast`."""
+    valid_G = comm.gather(valid_B, grad=False)
     positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
     mean = GlobalMean(valid_B, everyone)

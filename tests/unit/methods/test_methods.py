@@ -179,6 +179,7 @@ def test_who_can_do_what(folder: Path) -> None:
         "blip2_stage1": ["Embeds", "Matches", "Captions", "Sees"],
         "blip2_stage2": ["Captions", "Sees"],
         "co_optimise": ["Embeds", "Matches", "Sees"],
+        "guided": ["Embeds", "Matches", "Sees"],
         "projector": ["Embeds", "Sees"],
     }
 
