@@ -32,9 +32,11 @@ def test_the_literal_loss_is_the_squared_gap_of_fused_and_plain_tokens() -> None
 
 def test_the_aligned_loss_is_0_for_a_scaled_copy_1_for_silence_and_2_for_a_stranger() -> None:
     tokens, mask = torch.randn(400, N, 64), torch.ones(400, N, dtype=torch.bool)
-    assert float(aligned_rows(tokens * 3 + 1, tokens, mask, "mean").mean()) == pytest.approx(0.0, abs=1e-4)
+    assert float(aligned_rows(tokens * 3 + 1, tokens, mask, "mean").mean()) == pytest.approx(0.0, abs=1e-3)
     assert float(aligned_rows(tokens * 0, tokens, mask, "mean").mean()) == pytest.approx(1.0, abs=1e-3)
-    assert float(aligned_rows(torch.randn_like(tokens), tokens, mask, "mean").mean()) == pytest.approx(2.0, abs=0.05)
+    assert float(aligned_rows(torch.randn_like(tokens) * 3, tokens, mask, "mean").mean()) == pytest.approx(
+        2.0, abs=0.05
+    )
 
 
 def test_the_aligned_loss_holds_the_token_fixed() -> None:
