@@ -43,8 +43,8 @@ def aligned_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor, redu
 
 
 def agreement_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor) -> Tensor:
-    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN). A context of
-    little norm counts as little; see GENTLE."""
+    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN). What has
+    little norm counts for little; see GENTLE."""
     attended, tokens = attended_BND.float(), F.normalize(tokens_BND.float(), dim=-1)
     length_BN = (attended.square().sum(-1) + GENTLE * attended.shape[-1]).sqrt()
     cosine_BN = (attended * tokens).sum(-1) / length_BN
