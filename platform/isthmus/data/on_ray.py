@@ -32,7 +32,7 @@ _DECODE_CPUS = 0.5
 together."""
 
 _TOGETHER = 256
-"""Images that one decoding task takes, about: each costs Ray as much as some thirty images' decoding."""
+"""Images that one decoding task takes, about: to start, follow and end a task costs Ray as much as decoding some."""
 
 _TRIES = 2
 """How often a decoding task is begun before what it decodes is suspected, and each suspected row before it is given up.
