@@ -65,7 +65,7 @@ class Case:
 
 def stage1(
     config: QFormerConfig, *, images: int = 6, tokens: int = 19, width: int = 48, longest: int = 9, step: int = 0,
-    comm: Comm | None = None, recompute: bool = False, **options: Any,
+    comm: Comm | None = None, recompute: bool = False, micro_batch: int | None = None, **options: Any,
 ) -> Case:  # fmt: skip
     """Stage 1 on random features and texts of different lengths. Negatives are the neighbours, so that the tokens of
     the matching pass are known."""
@@ -73,6 +73,7 @@ def stage1(
     comm = comm or LocalComm()
     method = Blip2Stage1Config(qformer=config, **options)
     module = Blip2Stage1(method, None, width, None, comm, 0, vocab=VOCAB, recompute=recompute).train()
+    module.micro_batch = micro_batch
     turn = torch.arange(images)
     module.mine = lambda *_, **__: Negatives(turn.roll(1), turn.roll(-1), turn >= 0)  # type: ignore[assignment]
     lengths = torch.randint(3, longest, (images,))

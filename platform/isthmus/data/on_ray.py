@@ -31,6 +31,9 @@ _DECODE_CPUS = 0.5
 """Logical CPUs of a reading and of a decoding task: little, so that trainers and their readers fit on a small machine
 together."""
 
+_TOGETHER = 256
+"""Images that one decoding task takes, about: to start, follow and end a task costs Ray as much as decoding some."""
+
 _TRIES = 2
 """How often a decoding task is begun before what it decodes is suspected, and each suspected row before it is given up.
 The first time may have been the node's fault."""
@@ -115,38 +118,47 @@ def _dies(plan: Plan, raw: RawRows, tries: int) -> bool:
 def _pipeline(
     plan: Plan, spans: Sequence[range], workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
-    """A Ray Data pipeline: a task for each span reads it and hands its steps on one by one, a task for each step
-    decodes it, and actors encode it if asked; delivered in order, read no further ahead than Ray's back-pressure lets
-    it."""
+    """A Ray Data pipeline: a task for each span reads it and hands its steps on, a task for some of them decodes
+    them one by one, and actors encode them if asked; delivered in order, read no further ahead than Ray's back-pressure
+    lets it."""
     import ray.data
 
+    together = _steps_together(plan, spans, workers)
+
     def read(block: pa.Table) -> Iterator[pa.Table]:
-        span = range(block["first"][0].as_py(), block["stop"][0].as_py())
+        span, waiting = range(block["first"][0].as_py(), block["stop"][0].as_py()), list[RawRows | IsthmusError]()
         try:
             for raw in plan.read(span):
-                yield _stored(raw.step, raw)
+                waiting.append(raw)
+                if len(waiting) == together:
+                    yield _stored(waiting)
+                    waiting = []
         except IsthmusError as error:  # carried as a value: Ray's own wrapping keeps only its text
-            yield _stored(span.start, error)
+            waiting.append(error)
+        if waiting:
+            yield _stored(waiting)
 
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        raw = pickle.loads(row["rest"])  # noqa: S301  (written by our own task)
-        try:
-            if isinstance(raw, IsthmusError):
-                raise raw
-            return _packed(plan.decode(raw))
-        except IsthmusError as error:
-            return _row(int(row["step"]), np.zeros(0, np.float32), error)
+    def decode(block: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+        for raw in pickle.loads(block["raw"][0].as_py()):  # noqa: S301  (written by our own task)
+            try:
+                if isinstance(raw, IsthmusError):
+                    raise raw
+                yield _columns(_packed(plan.decode(raw)))
+            except IsthmusError as error:
+                yield _columns(_row(-1, np.zeros(0, np.float32), error))
 
     # The spans are blocks that are there already. A range would be read by tasks of one whole CPU each, which a machine
     # whose CPUs are all trainers' never has.
     blocks = [pa.table({"first": [span.start], "stop": [span.stop]}) for span in spans]
     dataset: ray.data.Dataset = ray.data.from_arrow(blocks)
     dataset.context.execution_options.preserve_order = True  # this pipeline's own context, not the process's
-    dataset.context.target_max_block_size = 1  # a block a step, whatever its size
+    dataset.context.target_max_block_size = 1  # a block for whatever a task hands on, whatever its size
     # Other resources than decoding has, or Ray would run both in one task, and a span's images one after the other.
     dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=_READ_CPUS, concurrency=1)
-    dataset = dataset.map(
+    dataset = dataset.map_batches(
         decode,
+        batch_size=None,
+        batch_format="pyarrow",
         num_cpus=_DECODE_CPUS,
         concurrency=workers,
         ray_remote_args_fn=lambda: {"max_retries": _TRIES - 1},  # Ray Data's own default is without end
@@ -170,8 +182,20 @@ def _pipeline(
             yield local if local.encoder else plan.finish(local, memory)
 
 
-def _stored(step: int, rest: Any) -> pa.Table:
-    return pa.table({"step": [step], "rest": pa.array([pickle.dumps(rest)], pa.large_binary())})
+def _steps_together(plan: Plan, spans: Sequence[range], workers: int) -> int:
+    """Steps that one task decodes: of small batches some, but not so many that a worker has none."""
+    rows = len(plan.order.local(spans[0].start, plan.rank, plan.world))
+    return max(1, min(_TOGETHER // rows, sum(map(len, spans)) // workers))
+
+
+def _stored(raw: Sequence[RawRows | IsthmusError]) -> pa.Table:
+    return pa.table({"raw": pa.array([pickle.dumps(raw)], pa.large_binary())})
+
+
+def _columns(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A batch of this one row, its array as it is: Ray would copy it to make a batch of rows."""
+    found = {name: np.asarray(value)[None] for name, value in row.items() if name != "rest"}
+    return {**found, "rest": np.array([row["rest"]], object)}
 
 
 class _EncodeRow:
@@ -190,7 +214,7 @@ class _EncodeRow:
 def _packed(local: LocalRows) -> dict[str, Any]:
     """Pixels or features as one tensor, everything else pickled: what Ray moves through shared memory."""
     good = [row for row in local.rows if isinstance(row, Sample)]
-    arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
+    arrays = [_planes(np.asarray(row.features_ND if local.encoder else row.pixels_CHW)) for row in good]
     heads = [_head(row) if isinstance(row, Sample) else row for row in local.rows]
     return _row(
         local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder, local.retries)
@@ -201,6 +225,20 @@ def _head(row: Sample) -> dict[str, Any]:
     """All of a sample but its pixels or features; a sound's patches are few beside those."""
     sound = {} if row.audio_NF is None else {"audio_NF": row.audio_NF, "audio_mask_N": row.audio_mask_N}
     return {"id": row.id, "key": row.key, "captions": row.captions, **sound}
+
+
+def _planes(array: np.ndarray) -> np.ndarray:
+    """Pixels that are bytes, [H, W, C], plane by plane: so they lie in memory when torch has resized them, and so they
+    are wanted. All else as it is."""
+    return array.transpose(2, 0, 1) if _are_pixels(array) else array
+
+
+def _planes_back(array: np.ndarray) -> np.ndarray:
+    return array.transpose(1, 2, 0) if _are_pixels(array) else array
+
+
+def _are_pixels(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 3
 
 
 def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
@@ -214,6 +252,6 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
         raise rest
     heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
-    arrays = iter(np.asarray(row["array"]).reshape(tuple(row["shape"])))
+    arrays: Iterator[Any] = map(_planes_back, np.asarray(row["array"]).reshape(tuple(row["shape"])))
     rows: list[Row] = [Sample(**head, **{name: next(arrays)}) if isinstance(head, dict) else head for head in heads]
     return LocalRows(int(row["step"]), tuple(rows), encoder, again)

@@ -45,7 +45,8 @@ def assumptions(subject: Subject, wishes: Wishes, precision: str) -> tuple[Assum
         Assumption(
             "share of it that a step reaches",
             f"{wishes.utilisation:.0%}",
-            "measured on the plan's own products; work on elements is counted beside them; --mfu covers both"
+            "measured on the plan's own products; work on elements is counted beside them, and a language model's "
+            "blocks are timed whole; --mfu covers all"
             if cpu
             else "assumed, not measured: runs of this kind publish 20 to 50 %; measure a few steps and give --mfu",
         ),
@@ -83,12 +84,14 @@ def assumptions(subject: Subject, wishes: Wishes, precision: str) -> tuple[Assum
         ),
         Assumption(
             "activations",
-            "kept whole"
+            f"those of {run.train.micro_batch} images of a worker at a time, made twice"
+            if run.train.micro_batch is not None
+            else "kept whole"
             if not run.train.gradient_checkpointing
             else "the Q-Former's are recomputed"
             if subject.language is None
             else "the Q-Former's and the language model's are recomputed",
-            "train.gradient_checkpointing; the formulas are tested on processors, not on accelerators",
+            "train.micro_batch, train.gradient_checkpointing; the formulas are tested on processors alone",
         ),
     ]
     if subject.language is not None:

@@ -170,7 +170,9 @@ def _elementwise_seconds(subject: Subject, wishes: Wishes, keeping: Keeping, ima
     parts = subject.plain.kept(images, wishes.workers, keeping)
     kept = sum(size for name, size in parts.items() if name not in wishes.gpu.timed)
     again = 1.5 if subject.plain is not subject else 1.0  # half of the passes are the forward pass's
-    moved = again * KEPT_PASSES * kept + GRADIENT_PASSES * 4.0 * subject.trained
+    # Each part of a batch makes gradients of all weights, which are added up.
+    gradients = GRADIENT_PASSES * 4.0 * subject.trained * subject.parts(images)
+    moved = again * KEPT_PASSES * kept + gradients
     return moved / wishes.gpu.elementwise
 
 

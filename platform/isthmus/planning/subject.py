@@ -158,8 +158,9 @@ class Subject:
                 # second gradient of all that text passes share: autograd adds up the passes' before it hands one over.
                 table = self.vocab * q.width
                 shared = q.layers * (4 * q.width**2 + 2 * q.width * q.feed_forward) + table
-                shared = 0 if added else shared
-                logits = FP32 * max(2 * local.labels * self.vocab, shared + 2 * table - local.labels * self.vocab)
+                # Of a part, the activations are gone before the embeddings' gradients come.
+                late = 0 if added else shared + 2 * table - local.labels * self.vocab
+                logits = FP32 * max(2 * local.labels * self.vocab, late)
             rows = (3 if method.weights.itm > 0 else 1) * images * (q.queries + self.texts.mean)
             widest, width = q.feed_forward, q.width
         else:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Sample, Stage, StageModule
-from isthmus.data.pixels import TrainingPixels, resized_by_torch, training_pixels
+from isthmus.data.pixels import BatchMemory, TrainingPixels, resized_by_torch, training_pixels
 from isthmus.data.transforms import ImageTransform
 from isthmus.methods.batching import stack
 
@@ -101,3 +101,28 @@ def test_rows_of_one_array_are_a_batch_without_a_copy() -> None:
         assert not np.shares_memory(pixels.numpy(), whole) and torch.equal(pixels, torch.from_numpy(whole[other]))
     mirrored = [replace(row, pixels_CHW=row.pixels_CHW[:, :, ::-1]) for row in rows]  # type: ignore[index]
     assert torch.equal(stack(mirrored, 0, 0)["pixels_BCHW"], torch.from_numpy(whole[..., ::-1].copy()))
+
+
+def test_memory_is_used_again_only_when_nobody_has_it() -> None:
+    memory = BatchMemory(most=2)
+    first = memory.empty((4, 2))
+    place, tensor, row = first.ctypes.data, torch.from_numpy(first), first[1]
+    del first
+    assert memory.empty((4, 2)).ctypes.data != place, "a tensor and a row have it"
+    del tensor
+    assert memory.empty((4, 2)).ctypes.data != place, "a row has it"
+    memory = BatchMemory(most=2)
+    place = memory.empty((4, 2)).ctypes.data
+    assert memory.empty((4, 3)).ctypes.data != place, "it has another shape"
+    assert memory.empty((4, 2)).ctypes.data == place
+    held = [memory.empty((4, 2)) for _ in range(5)]
+    assert len({array.ctypes.data for array in held}) == 5
+    del row
+
+
+def test_a_batch_in_used_memory_is_the_same() -> None:
+    transform = ImageTransform(SIZE)
+    pixels, memory = TrainingPixels(transform), BatchMemory(most=1)
+    rows = [[pixels(picture(seed=seed), seed) for seed in range(start, start + 3)] for start in (0, 3)]
+    for some in rows:
+        assert np.array_equal(pixels.finish(some, memory), pixels.finish(some))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def test_the_mean_step_is_that_of_the_cycle() -> None:
     mean = sum(compute.stage1(case.config, case.local, VOCAB + 1).values(), Flops())
     assert mean.total == pytest.approx(sum(steps) / 6)
     assert max(steps) > 1.5 * min(steps)
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": {"itm": 0.0}}, {"weights": {"itg": 0.0}}])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_in_parts_runs_forward_twice(workers: int, options: dict[str, Any]) -> None:
+    """Texts of one length, or a part would have a share of the tokens that is not its share of the images."""
+    comm = LocalComm() if workers == 1 else TwoAlike()
+    case = stage1(qformer(4), micro_batch=2, longest=4, comm=comm, **options)
+    assert case.batch.mask_BT is not None
+    case = replace(case, local=replace(case.local, text_rows=float(case.batch.mask_BT.sum())))
+    found = compute.stage1_step(case.config, case.local, VOCAB + 1, micro_batch=2)
+    assert found.total == pytest.approx(sum(counted_flops(case)), rel=0.02)
+    assert found.total > 1.3 * compute.stage1_step(case.config, case.local, VOCAB + 1).total
 
 
 def test_gradient_checkpointing_runs_the_layers_again() -> None:
