@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from isthmus.config.base import Config
 from isthmus.config.schema import MaybeOutput, MaybeSource, Positive, Source, TrackingConfig
 
-Task = Literal["retrieval", "captioning", "vqa", "classification", "matching"]
+Task = Literal["retrieval", "captioning", "vqa", "classification", "matching", "correspondence"]
 
 
 class LayoutConfig(Config):
@@ -112,6 +112,14 @@ class MatchingConfig(Config):
     )
 
 
+class CorrespondenceConfig(Config):
+    """Whether a sound belongs to what is seen, as a binary question."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.3, description="share of the pairs on which the threshold is chosen; accuracy is that of the others"
+    )
+
+
 class EvaluateConfig(Config):
     """Held-out figures of one registered model."""
 
@@ -159,6 +167,7 @@ class EvaluateConfig(Config):
     vqa: VqaConfig = VqaConfig()
     classification: ClassificationConfig = ClassificationConfig()
     matching: MatchingConfig = MatchingConfig()
+    correspondence: CorrespondenceConfig = CorrespondenceConfig()
     seed: int = 0
     out: MaybeOutput = Field(None, description="folder for metrics.json, results.jsonl and rows.parquet")
     tracking: TrackingConfig = TrackingConfig()

@@ -446,8 +446,8 @@ class EmbedConfig(Config):
     model: Source
     data: Source
     out: Output
-    images: bool = True
-    texts: bool = True
+    images: bool = Field(True, description="vectors of images, or of clips")
+    texts: bool = Field(True, description="vectors of captions; of sounds, where the model pairs those")
     chunk: Positive = 256
     batch: Positive = 64
     actors: Positive = 1
@@ -475,6 +475,7 @@ class ServeConfig(Config):
     max_queued: Positive = 64
     timeout_s: Annotated[float, Field(gt=0)] = 60
     max_body_mb: Annotated[float, Field(gt=0)] = 10
-    max_pixels: Positive = 40_000_000
+    max_pixels: Positive = Field(40_000_000, description="of an image or of a frame")
+    max_seconds: Annotated[float, Field(gt=0)] = Field(60, description="of a sound or a clip")
     max_new_tokens: Positive = 64
     tracking: TrackingConfig = TrackingConfig()

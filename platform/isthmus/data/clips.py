@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from isthmus.data.media import LIMITS, Limits, read_frames, read_sound
 from isthmus.data.readers import RawSample
@@ -119,6 +120,17 @@ class ClipTransform:
 def clip_transform(transform: Any) -> ClipTransform | None:
     """``transform`` where it takes clips and sounds; None where it takes images alone."""
     return transform if isinstance(transform, ClipTransform) else None
+
+
+def picture_of(raw: RawSample, at_least: int | None = None) -> Image.Image:
+    """An RGB image to show of a stored sample: its image, or the frame in the middle of its clip.
+
+    Raises:
+        DecodeError: there is none to be had.
+    """
+    if raw.kind in VIDEO_KINDS:
+        return read_frames(raw.image, lambda seconds: [seconds / 2])[0][0]
+    return decode_image(raw.image, at_least=at_least)
 
 
 def faults_of(raw: RawSample) -> list[str]:

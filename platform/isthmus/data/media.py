@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from isthmus.data.transforms import MAX_BYTES, DecodeError
+from isthmus.data.transforms import MAX_BYTES, DecodeError, Header
 from isthmus.encoding import pyav
 
 CODECS = frozenset(
@@ -142,6 +142,19 @@ def read_frames(
             raise DecodeError("no frame of the clip can be decoded")
         images += [_image(shown)] * (len(wanted) - len(images))
     return images, seconds
+
+
+def clip_header(data: bytes, limits: Limits = LIMITS) -> Header:
+    """Container and size in pixels of a clip; nothing is decoded.
+
+    Raises:
+        DecodeError: empty, unknown, without frames, or above a limit.
+    """
+    with _opened(data, "clip", limits) as container:
+        if not container.streams.video:
+            raise DecodeError("the clip has no frames, only sound")
+        codec = _allowed(container.streams.video[0], "clip")
+        return Header(container_of(data).upper(), codec.width, codec.height)
 
 
 def _measure(data: bytes, limits: Limits) -> tuple[float, float]:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from isthmus.data.manifest import Manifest
+from isthmus.data.media import clip_header
 from isthmus.data.readers import Failure, RawSample, read_rows
+from isthmus.data.records import VIDEO_KINDS
 from isthmus.data.transforms import DecodeError, Header, read_header
 from isthmus.progress import progress
 
@@ -65,6 +68,7 @@ class DataStats:
 
     Attributes:
         images: distinct images, as far as ``image_id`` names them.
+        clips, sounds: samples with a clip in an image's place, and with a sound file of their own.
         shard_bytes: all shards together.
         image_bytes: of each encoded image; 0 is left out, where the index could not tell.
         looked_at, seed: samples drawn, and the seed they were drawn with.
@@ -97,6 +101,8 @@ class DataStats:
     height: Spread
     aspect: Spread
     duplicates: Copies
+    clips: int = 0
+    sounds: int = 0
 
 
 @dataclass
@@ -163,8 +169,17 @@ def data_stats(
         height=Spread.of([header.height for header in values.headers]),
         aspect=Spread.of([header.width / header.height for header in values.headers]),
         duplicates=_copies(manifest, values.image_bytes, sample, random),
+        **_heard(manifest),
     )
     return stats, values
+
+
+def _heard(manifest: Manifest) -> dict[str, int]:
+    """Numbers of clips and of sound files."""
+    kinds = pc.value_counts(manifest.rows.whole(["image_ext"])["image_ext"]).to_pylist()
+    clips = sum(kind["counts"] for kind in kinds if kind["values"] in VIDEO_KINDS)
+    sounds = int((manifest.rows.column("audio_length") >= 0).sum()) if manifest.knows_sounds else 0
+    return {"clips": clips, "sounds": sounds}
 
 
 def _look(manifest: Manifest, rows: list[int]) -> Values:
@@ -196,7 +211,7 @@ def _header(found: RawSample | Failure) -> Header | str:
     if isinstance(found, Failure):
         return found.reason
     try:
-        return read_header(found.image)
+        return clip_header(found.image) if found.kind in VIDEO_KINDS else read_header(found.image)
     except DecodeError as error:
         return error.reason
 

@@ -59,6 +59,12 @@ class Loaded:
         pixels = torch.from_numpy(np.stack([np.asarray(s.pixels_CHW) for s in samples]))
         return self.module.encode_images(pixels.to(self.device)).float()
 
+    def sounds(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Patches of the samples' sounds, float32 [B, Na, 256], and their mask, int64 [B, Na]."""
+        values = torch.from_numpy(np.stack([np.asarray(s.audio_NF) for s in samples]))
+        mask = torch.from_numpy(np.stack([np.asarray(s.audio_mask_N) for s in samples]))
+        return values.to(self.device, torch.float32), mask.to(self.device).long()
+
     def require(self, kind: type, task: str) -> None:
         """Refuses a task that the model's method cannot do.
 

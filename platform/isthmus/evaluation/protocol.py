@@ -20,6 +20,7 @@ SPLITS: dict[str, tuple[tuple[str, dict[str, int]], ...]] = {
     "vqa": (("VQAv2 validation", {"questions": 214354}),),
     "classification": (("ImageNet validation", {"images": 50000, "classes": 1000}),),
     "matching": (),
+    "correspondence": (),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "captioning": {"num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 8, "length_penalty": 1.0},
@@ -27,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vqa": {"num_beams": 5, "max_new_tokens": 10, "length_penalty": -1.0},
     "classification": {},
     "matching": {},
+    "correspondence": {},
 }
 
 
@@ -39,7 +41,9 @@ def differences(task: str, facts: Mapping[str, Any], config: EvaluateConfig, unr
     """
     reasons = ["weights: not verified to be those of a published checkpoint"]
     known = [name for name, counts in SPLITS[task] if all(facts.get(k) == n for k, n in counts.items())]
-    counted = ", ".join(f"{facts[k]} {k}" for k in ("images", "captions", "references", "questions") if k in facts)
+    counted = ", ".join(
+        f"{facts[k]} {k}" for k in ("images", "captions", "references", "questions", "pairs") if k in facts
+    )
     if not known:
         reasons.append(f"data: {counted} are no published split")
     elif config.layout is None:

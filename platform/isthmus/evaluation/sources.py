@@ -11,6 +11,7 @@ import numpy as np
 from isthmus import storage
 from isthmus.config import EvaluateConfig
 from isthmus.contracts import Sample
+from isthmus.data.clips import clip_transform
 from isthmus.data.features import FeatureCache
 from isthmus.data.local import to_sample
 from isthmus.data.manifest import Manifest
@@ -89,7 +90,8 @@ class IndexedSource:
         decode = transform if images and self._cache is None else None
         size = getattr(decode, "size", None)
         out: list[Entry] = []
-        for row, raw in zip(rows, read_rows(self.manifest, rows), strict=True):
+        heard = clip_transform(decode) is not None
+        for row, raw in zip(rows, read_rows(self.manifest, rows, sounds=heard), strict=True):
             more = self._extras(raw) if extras and isinstance(raw, RawSample) else Extras()
             if self._cache is not None and images:
                 out.append((self._cached(row), more))

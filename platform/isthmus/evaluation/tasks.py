@@ -26,11 +26,12 @@ from isthmus.evaluation.classification import (
     classification_metrics,
     prompts,
 )
+from isthmus.evaluation.correspondence import avc, similarities
 from isthmus.evaluation.intervals import METHOD
 from isthmus.evaluation.layouts import Extras
 from isthmus.evaluation.matching import matching_metrics
 from isthmus.evaluation.pool import Runner
-from isthmus.evaluation.retrieval import TIES, Retrieval, Score, candidates, hardest_wrong, look_up, retrieve
+from isthmus.evaluation.retrieval import RECALLS, TIES, Retrieval, Score, candidates, hardest_wrong, look_up, retrieve
 from isthmus.evaluation.samples import BulkCaptions
 from isthmus.evaluation.sources import Source
 from isthmus.evaluation.vqa import score_answers
@@ -89,18 +90,20 @@ class Held:
         order = Order(
             kind, tuple(self.rows if rows is None else rows), tuple(tuple(some) for some in texts), extras=extras
         )
-        whole, images, vectors = Part(), list[Tensor](), list[Tensor]()
+        whole, images, vectors, sounds = Part(), list[Tensor](), list[Tensor](), list[Tensor]()
         for part in self.runner.run(order, label):
             for name in ("ids", "keys", "captions", "extras", "failures", "made", "answers", "scores"):
                 getattr(whole, name).extend(getattr(part, name))
             images += [] if part.images is None else [part.images]
             vectors += [] if part.texts is None else [part.texts]
+            sounds += [] if part.sounds is None else [part.sounds]
         self.failures |= {failure.id: failure for failure in whole.failures}
         if not whole.ids:
             reason = f" The first: {whole.failures[0].key}: {whole.failures[0].reason}." if whole.failures else ""
             raise DataError(f"None of the samples of {self.source.root} can be read.{reason}", "Check the data set.")
         whole.images = torch.cat(images) if images else None
         whole.texts = torch.cat(vectors) if vectors else None
+        whole.sounds = torch.cat(sounds) if sounds else None
         return whole
 
 
@@ -405,12 +408,55 @@ def _mined(read: Part) -> list[list[str]]:
     return [[captions[row]] for row in found if row is not None]
 
 
+# ------------------------------------------------------------------------------------------------- correspondence
+
+
+def correspondence(held: Held) -> TaskResult:
+    """Sounds and what is seen: the binary question (AVC) and 1-of-N retrieval, both ways.
+
+    Raises:
+        DataError: too few pairs, or broken embeddings.
+    """
+    read = held.gather("embed_heard", "embedding")
+    assert read.images is not None and read.sounds is not None
+    scores_NN = similarities(read.images, read.sounds)
+    asked = avc(scores_NN, read.ids, held.config.correspondence.validation, held.config.seed)
+    found = retrieve(read.images, read.sounds, torch.arange(len(read.ids)))
+    metrics = {"avc_accuracy": asked.accuracy, "avc_accuracy_chance": 0.5, "avc_auc": asked.auc}
+    for name, rank in (("seen_to_heard", found.tr_rank), ("heard_to_seen", found.ir_rank)):
+        metrics |= {f"{name}_at_{k}": float((rank <= k).double().mean()) for k in RECALLS}
+    metrics |= {f"one_of_n_at_{k}_chance": min(1.0, k / len(read.ids)) for k in RECALLS}
+    facts = {
+        "pairs": len(read.ids),
+        "avc_pairs_tested": 2 * asked.test,
+        "avc_clips_for_threshold": asked.validation,
+        "avc_threshold": asked.threshold,
+        "avc_wrong_partner": "the next pair's sound in an order drawn from (seed, sample id), within the same part",
+        "one_of_n": len(read.ids),
+        "ties": TIES,
+    }
+    rows = {
+        sample_id: {
+            "key": read.keys[n],
+            "avc_partner": read.keys[int(asked.partner_N[n])],
+            "avc_tested": bool(asked.tested_N[n]),
+            "avc_score": float(scores_NN[n, n]),
+            "avc_score_of_partner": float(scores_NN[n, int(asked.partner_N[n])]),
+            "seen_to_heard_rank": int(found.tr_rank[n]),
+            "heard_to_seen_rank": int(found.ir_rank[n]),
+        }
+        for n, sample_id in enumerate(read.ids)
+    }
+    return TaskResult(metrics, facts, rows)
+
+
 TASKS: dict[str, Callable[[Held], TaskResult]] = {
     "retrieval": retrieval,
     "captioning": captioning,
     "vqa": vqa,
     "classification": classification,
     "matching": matching,
+    "correspondence": correspondence,
 }
 
 __all__ = ["TASKS", "Extras", "Held", "Rows", "TaskResult"]

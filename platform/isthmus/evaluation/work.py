@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isthmus.config import EvaluateConfig
-from isthmus.contracts import Captions, Embeds, Judges, Matches, Sample
+from isthmus.contracts import Captions, Embeds, Hears, Judges, Matches, Sample
 from isthmus.data.prefetch import map_ahead
 from isthmus.data.readers import Failure
 from isthmus.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ from isthmus.evaluation.model import Loaded
 from isthmus.evaluation.sources import Entry, Source
 from isthmus.evaluation.vqa import ask
 
-Kind = Literal["read", "embed", "embed_images", "caption", "answer", "match", "judge"]
+Kind = Literal["read", "embed", "embed_images", "embed_heard", "caption", "answer", "match", "judge"]
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Part:
         failures: the others.
         images: unit vectors, float32 [B, Q, E].
         texts: unit vectors of all captions of all images, float32 [C, E].
+        sounds: unit vectors of all sounds, float32 [B, E].
         made: captions. answers: one per question. scores: one per text asked for.
     """
 
@@ -48,6 +49,7 @@ class Part:
     failures: list[Failure] = field(default_factory=list)
     images: Tensor | None = None
     texts: Tensor | None = None
+    sounds: Tensor | None = None
     made: list[str] = field(default_factory=list)
     answers: list[list[str]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
@@ -129,7 +131,11 @@ class Worker:
             return part
         assert self.model is not None
         features_BND = self.model.features([sample for _, sample, _ in good])
-        if kind in ("embed", "embed_images"):
+        if kind == "embed_heard":
+            module = self._module(Hears, "correspondence")
+            part.images = module.embed_images(features_BND).float().cpu()
+            part.sounds = module.embed_sounds(*self.model.sounds([sample for _, sample, _ in good])).float().cpu()
+        elif kind in ("embed", "embed_images"):
             module = self._module(Embeds, "embedding")
             alike = not contrasts(self.model)  # then all have one vector, and matching alone ranks them
             part.images = torch.ones(len(good), 1, 1) if alike else module.embed_images(features_BND).float().cpu()
@@ -218,6 +224,7 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
         "captioning": [] if config.captions else [(Captions, "captioning")],
         "vqa": [(Captions, "vqa")],
         "classification": [(Embeds, "classification")],
+        "correspondence": [(Hears, "correspondence")],
         "matching": [(Judges, "matching")] + ([(Embeds, "mining")] if config.matching.negatives == "mined" else []),
     }
     for task in config.tasks:

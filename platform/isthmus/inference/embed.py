@@ -36,7 +36,8 @@ IMAGE_SCHEMA = pa.schema(
 TEXT_SCHEMA = pa.schema(
     [("id", pa.int64()), ("caption_index", pa.int32()), ("text", pa.string()), ("embedding", pa.list_(pa.float32()))]
 )
-TEXTS = "texts"
+SOUND_SCHEMA = pa.schema([("id", pa.int64()), ("key", pa.string()), ("embedding", pa.list_(pa.float32()))])
+TEXTS, SOUNDS = "texts", "sounds"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def embed(config: EmbedConfig) -> EmbedReport:
     """Embeds every image (``parts/``) and every caption (``texts/``) of ``config.data`` into ``config.out``.
 
     ``parts``: id, key, shard, model, embeddings [Q][E] float32 (null without ``images``).
-    ``texts``: id, caption_index, text, embedding [E] float32.
+    ``texts``: id, caption_index, text, embedding [E] float32. A model of sounds writes ``sounds/`` in their place:
+    id, key, embedding [E] float32; its images may be clips.
 
     Raises:
         ConfigError: neither images nor texts are asked for, or the model's method has no shared space.
@@ -145,8 +147,9 @@ class EmbedWork:
 
     def process(self, rows: Sequence[int]) -> Done:
         """One image row per readable image of ``rows`` and one text row per caption, in manifest order."""
-        images, texts, aside = list[dict[str, Any]](), list[dict[str, Any]](), list[Quarantined]()
-        transform = self._engine.transform if self._images and not self._cache else None
+        images, others, aside = list[dict[str, Any]](), list[dict[str, Any]](), list[Quarantined]()
+        hears = self._engine.hears and self._texts
+        transform = self._engine.transform if (self._images or hears) and not self._cache else None
         groups = iter_samples(
             self._manifest, transform=transform, cache=self._cache, rows=list(rows), batch=self._batch
         )
@@ -155,12 +158,13 @@ class EmbedWork:
             aside += bad
             if good:
                 images += self._image_rows(good)
-                texts += self._text_rows(good) if self._texts else []
+                others += self._other_rows(good) if self._texts else []
         ids = [row["id"] for row in images]
         self._rows.complete(rows, ids, aside)
         for row, shard in zip(images, self._rows.shards(ids, rows), strict=True):
             row["shard"] = shard
-        extras = {TEXTS: pa.Table.from_pylist(texts, schema=TEXT_SCHEMA)} if self._texts else {}
+        name, schema = (SOUNDS, SOUND_SCHEMA) if hears else (TEXTS, TEXT_SCHEMA)
+        extras = {name: pa.Table.from_pylist(others, schema=schema)} if self._texts else {}
         return Done(pa.Table.from_pylist(images, schema=IMAGE_SCHEMA), tuple(aside), extras)
 
     def blame(self, row: int, reason: str) -> Quarantined:
@@ -175,6 +179,13 @@ class EmbedWork:
             {"id": s.id, "key": s.key, "model": self._engine.name, "embeddings": v}
             for s, v in zip(samples, vectors, strict=True)
         ]
+
+    def _other_rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Of the other side: a row for each caption, or for each sound."""
+        if not self._engine.hears:
+            return self._text_rows(samples)
+        vectors = self._engine.embed_sounds(samples).cpu().tolist()
+        return [{"id": s.id, "key": s.key, "embedding": v} for s, v in zip(samples, vectors, strict=True)]
 
     def _text_rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         flat = [(s.id, index, text) for s in samples for index, text in enumerate(s.captions)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.contracts import Captions, Embeds, Sample, Sees, StageModule
+from isthmus.contracts import Captions, Embeds, Hears, Sample, Sees, StageModule
 from isthmus.errors import ConfigError
 
 
@@ -87,10 +87,25 @@ class Engine:
             )
         ]
 
+    @property
+    def hears(self) -> bool:
+        """Whether what it places beside images or clips are sounds, and not texts."""
+        return isinstance(self.module, Hears)
+
     @torch.inference_mode()
     def embed_images(self, features_BND: Tensor) -> Tensor:
         """Unit vectors, float32 [B, Q, E]. Raises ConfigError where the method has no shared space."""
+        if isinstance(self.module, Hears):
+            return self.module.embed_images(features_BND).float()
         return self._embeds().embed_images(features_BND).float()
+
+    @torch.inference_mode()
+    def embed_sounds(self, samples: Sequence[Sample]) -> Tensor:
+        """Unit vectors of the samples' sounds, float32 [B, E]; for a model that :attr:`hears`."""
+        assert isinstance(self.module, Hears)
+        values = torch.from_numpy(np.stack([np.asarray(s.audio_NF) for s in samples])).float()
+        mask = torch.from_numpy(np.stack([np.asarray(s.audio_mask_N) for s in samples])).long()
+        return self.module.embed_sounds(values.to(self.device), mask.to(self.device)).float()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -112,6 +127,7 @@ class Engine:
         """
         if not isinstance(self.module, kind):
             verb = {"Captions": "writes no captions", "Embeds": "has no shared image-text space"}.get(kind.__name__, "")
+            verb += " (it pairs sounds with what is seen: `isthmus embed` makes their vectors)" if self.hears else ""
             raise ConfigError(f"{self.name} {verb or 'lacks ' + kind.__name__}.", "Name a model of a method that does.")
 
     def _embeds(self) -> Embeds:

@@ -7,10 +7,11 @@ from dataclasses import astuple
 from typing import Any
 
 from isthmus import storage
+from isthmus.data.clips import picture_of
 from isthmus.data.manifest import Manifest
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.data.stats import DataStats, Spread, Values
-from isthmus.data.transforms import DecodeError, decode_image
+from isthmus.data.transforms import DecodeError
 from isthmus.pipeline.page import render, thumbnail
 from isthmus.pipeline.plots import bars, histogram
 
@@ -80,7 +81,7 @@ def _cards(url: str, rows: list[int]) -> Iterator[dict[str, Any]]:
             text = found.captions[0] if found.captions else ""
             card["caption"] = text[:_LONGEST] + ("…" if len(text) > _LONGEST else "")
             try:
-                image = decode_image(found.image, at_least=160)
+                image = picture_of(found, at_least=160)
                 card["note"] = f"{found.key}, row {row}"
                 card["src"] = thumbnail(image)
             except DecodeError as error:

@@ -21,6 +21,7 @@ from isthmus.errors import ConfigError, IsthmusError
 from isthmus.ray_session import joins_cluster
 from isthmus.serving.answers import Caption, Card, Refusal, Vector
 from isthmus.serving.lifecycle import claim_address, leave_ray, pin_models, shutdown, start, start_ray, wait_for_stop
+from isthmus.serving.media import Medium
 from isthmus.serving.metrics import RayRecorder
 from isthmus.serving.openai import FrontSettings, create_front
 from isthmus.serving.problems import overloaded, unavailable
@@ -138,7 +139,7 @@ class RemoteModel:
     async def caption(self, image: bytes, prompt: str, max_new_tokens: int) -> Caption | Refusal:
         return await self._call(lambda: self._handle.caption.remote(image, prompt, max_new_tokens))
 
-    async def embed(self, items: list[str | bytes]) -> list[Vector | Refusal]:
+    async def embed(self, items: list[str | bytes | Medium]) -> list[Vector | Refusal]:
         return await self._call(lambda: self._handle.embed.remote(items))
 
     async def _call(self, send: Any) -> Any:

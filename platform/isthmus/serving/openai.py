@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from isthmus.errors import nearest
 from isthmus.serving.answers import Caption, Card, Refusal, Vector
+from isthmus.serving.media import Medium
 from isthmus.serving.metrics import NoRecorder, Recorder
 from isthmus.serving.page import page_response
 from isthmus.serving.problems import (
@@ -43,7 +44,7 @@ class ModelHandle(Protocol):
 
     async def caption(self, image: bytes, prompt: str, max_new_tokens: int) -> Caption | Refusal: ...
 
-    async def embed(self, items: list[str | bytes]) -> list[Vector | Refusal]: ...
+    async def embed(self, items: list[str | bytes | Medium]) -> list[Vector | Refusal]: ...
 
 
 @dataclass(frozen=True)

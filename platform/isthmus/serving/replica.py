@@ -20,9 +20,12 @@ from ray import serve
 from torch import Tensor
 
 from isthmus.config import ServeConfig, TrackingConfig
-from isthmus.contracts import Captions, Embeds, Sees
+from isthmus.contracts import Captions, Embeds, Hears, Sees
+from isthmus.data.clips import ClipTransform, clip_transform
+from isthmus.data.media import Limits
 from isthmus.errors import ConfigError
 from isthmus.serving.answers import Caption, Card, Refusal, Vector
+from isthmus.serving.media import Medium
 from isthmus.serving.metrics import BatchRecorder
 
 log = logging.getLogger("ray.serve")
@@ -65,13 +68,17 @@ def load_registered(model: str, tracking: TrackingConfig, device: str) -> Loaded
     return LoadedModel(module, artefact.stage.transform, version.uri or model, device)
 
 
-def capabilities(module: Any) -> tuple[str, ...]:
+def capabilities(module: Any, transform: Any = None) -> tuple[str, ...]:
     """What a loaded module can answer over HTTP."""
-    sees = isinstance(module, Sees)
+    sees, hears = isinstance(module, Sees), isinstance(module, Hears)
+    clips = clip_transform(transform)
+    moving = hears and clips is not None and clips.modality == "video-audio"
     able = {
         "caption-images": sees and isinstance(module, Captions),
-        "embed-images": sees and isinstance(module, Embeds),
+        "embed-images": sees and not moving and (hears or isinstance(module, Embeds)),
+        "embed-clips": sees and moving,
         "embed-texts": isinstance(module, Embeds),
+        "embed-sounds": hears and clips is not None,
     }
     return tuple(name for name, yes in able.items() if yes)
 
@@ -87,12 +94,15 @@ class ModelReplica:
         self._name = name
         self._config = config
         self._loaded = load(model, config.tracking, _device(config))
-        self._able = capabilities(self._loaded.module)
+        self._able = capabilities(self._loaded.module, self._loaded.transform)
+        self._limits = Limits(
+            bytes=int(config.max_body_mb * 2**20), seconds=config.max_seconds, pixels=config.max_pixels
+        )
         self._created = int(time.time())
         self._recorder = BatchRecorder(name)
         self._forward = ThreadPoolExecutor(1, "forward")  # one pass at a time; the event loop stays free to collect
         self._decode = ThreadPoolExecutor(max(1, int(config.cpus_per_replica)), "decode")
-        batched: tuple[Any, ...] = (self._captions, self._images, self._texts)
+        batched: tuple[Any, ...] = (self._captions, self._images, self._texts, self._sounds)
         for method in batched:
             method.set_max_batch_size(config.max_batch)
             method.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
@@ -110,17 +120,30 @@ class ModelReplica:
             return pixels_CHW
         return await self._captions((pixels_CHW, prompt, max_new_tokens))
 
-    async def embed(self, items: list[str | bytes]) -> list[Vector | Refusal]:
-        """A vector, or why there is none, of each text (str) and encoded image (bytes)."""
+    async def embed(self, items: list[str | bytes | Medium]) -> list[Vector | Refusal]:
+        """A vector, or why there is none, of each text (str), encoded image (bytes), sound and clip."""
         return list(await asyncio.gather(*(self._embed(item) for item in items)))
 
-    async def _embed(self, item: str | bytes) -> Vector | Refusal:
+    async def _embed(self, item: str | bytes | Medium) -> Vector | Refusal:
+        if isinstance(item, Medium):
+            return await self._embed_medium(item)
         if isinstance(item, str):
             return await self._texts(item) if "embed-texts" in self._able else self._cannot("embed texts")
         if "embed-images" not in self._able:
             return self._cannot("embed images")
         pixels_CHW = await self._pixels(item)
         return pixels_CHW if isinstance(pixels_CHW, Refusal) else await self._images(pixels_CHW)
+
+    async def _embed_medium(self, item: Medium) -> Vector | Refusal:
+        what = "sounds" if item.kind == "audio" else "clips"
+        if f"embed-{what}" not in self._able:
+            return self._cannot(f"embed {what}")
+        clips = clip_transform(self._loaded.transform)
+        assert clips is not None  # or it would not be able to
+        made = await asyncio.get_running_loop().run_in_executor(self._decode, _decode_medium, item, clips, self._limits)
+        if isinstance(made, Refusal):
+            return made
+        return await (self._sounds(made) if item.kind == "audio" else self._images(made["pixels"]))
 
     def _cannot(self, wanted: str) -> Refusal:
         can = ", ".join(self._able) or "none"
@@ -138,6 +161,10 @@ class ModelReplica:
     @serve.batch
     async def _images(self, pixels: list[np.ndarray]) -> list[Vector]:
         return await self._run("image", len(pixels), self._embed_images, pixels)
+
+    @serve.batch
+    async def _sounds(self, sounds: list[dict[str, np.ndarray]]) -> list[Vector]:
+        return await self._run("sound", len(sounds), self._embed_sounds, sounds)
 
     @serve.batch
     async def _texts(self, texts: list[str]) -> list[Vector]:
@@ -182,6 +209,12 @@ class ModelReplica:
         counts = [count_tokens(self._loaded.module, text) for text in texts]
         return [Vector(v, n) for v, n in zip(vectors_BE, counts, strict=True)]
 
+    @torch.inference_mode()
+    def _embed_sounds(self, sounds: Sequence[dict[str, np.ndarray]]) -> list[Vector]:
+        values, mask = (self._stack([sound[name] for sound in sounds]) for name in ("audio_NF", "audio_mask_N"))
+        vectors_BE = self._loaded.module.embed_sounds(values, mask.long()).float().cpu().numpy()
+        return [Vector(v, 1) for v in vectors_BE]
+
     def _stack(self, pixels: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(pixels)).to(self._loaded.device)
 
@@ -198,10 +231,25 @@ def count_tokens(module: Any, text: str) -> int:
 def _decode(image: bytes, max_pixels: int, transform: Callable[[Any], np.ndarray]) -> np.ndarray | Refusal:
     from isthmus.data.transforms import DecodeError, decode_image
 
+    clips = clip_transform(transform)
     try:
+        if clips is not None:
+            return clips.image(decode_image(image, max_pixels=max_pixels))
         return transform(decode_image(image, max_pixels=max_pixels))
     except DecodeError as error:
         return Refusal(f"The image cannot be used: {str(error).strip().rstrip('.')}.", "invalid_image")
+
+
+def _decode_medium(item: Medium, transform: ClipTransform, limits: Limits) -> dict[str, np.ndarray] | Refusal:
+    from isthmus.data.transforms import DecodeError
+
+    what = "sound" if item.kind == "audio" else "clip"
+    try:
+        if item.kind == "audio":
+            return transform.listen(item.data, what, limits)
+        return {"pixels": transform.seen(item.data, "mp4", limits=limits)}
+    except DecodeError as error:
+        return Refusal(f"The {what} cannot be used: {str(error).strip().rstrip('.')}.", f"invalid_{item.kind}")
 
 
 def _device(config: ServeConfig) -> str:

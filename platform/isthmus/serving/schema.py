@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from isthmus.serving.media import is_image_url, read_data_url
+from isthmus.serving.media import Medium, is_image_url, medium_of, read_data_url, read_medium
 from isthmus.serving.problems import bad_request
 
 MAX_PROMPT_CHARS = 4000
@@ -162,8 +162,8 @@ def token_budget(request: ChatRequest, cap: int) -> int:
     return min(cap, request.max_completion_tokens or request.max_tokens or cap)
 
 
-def embedding_items(request: EmbeddingRequest) -> list[str | bytes]:
-    """What to embed: texts as str, images as bytes, in order.
+def embedding_items(request: EmbeddingRequest) -> list[str | bytes | Medium]:
+    """What to embed: texts as str, images as bytes, sounds and clips as :class:`Medium`, in order.
 
     Raises:
         ApiError: 400 for an empty or over-long list, token ids, or an unusable image.
@@ -177,16 +177,26 @@ def embedding_items(request: EmbeddingRequest) -> list[str | bytes]:
     return [_item(entry, "input" if single else f"input.{i}") for i, entry in enumerate(given)]
 
 
-def _item(entry: Any, param: str) -> str | bytes:
+def _item(entry: Any, param: str) -> str | bytes | Medium:
     if isinstance(entry, (int, list)):
         raise bad_request("Token ids are not accepted; send the text itself.", param, "unsupported_value")
     if isinstance(entry, dict) and set(entry) in ({"image"}, {"text"}):
         key, value = next(iter(entry.items()))
         if isinstance(value, str):
             return read_data_url(value, f"{param}.image") if key == "image" else _text(value, f"{param}.text")
+    if isinstance(entry, dict) and set(entry) in ({"audio"}, {"video"}):
+        name, value = next(iter(entry.items()))
+        if isinstance(value, str):
+            return read_medium(value, name, f"{param}.{name}")
+    if isinstance(entry, str) and (kind := medium_of(entry)):
+        return read_medium(entry, kind, param)
     if isinstance(entry, str):
         return read_data_url(entry, param) if is_image_url(entry) else _text(entry, param)
-    raise bad_request('Expected a text, or {"image": "data:image/png;base64,..."}.', param)
+    raise bad_request(
+        'Expected a text, or {"image": "data:image/png;base64,..."}, {"audio": "data:audio/wav;base64,..."}, '
+        '{"video": "data:video/mp4;base64,..."}.',
+        param,
+    )
 
 
 def _text(text: str, param: str) -> str:

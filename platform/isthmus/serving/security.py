@@ -110,7 +110,7 @@ async def read_json(request: Request, max_bytes: int) -> Any:
 def _too_large(max_bytes: int) -> ApiError:
     return ApiError(
         413,
-        f"The request body exceeds {max_bytes / 2**20:g} MiB. Send a smaller image.",
+        f"The request body exceeds {max_bytes / 2**20:g} MiB. Send less at once, or something smaller.",
         code="request_too_large",
         headers={"Connection": "close"},
     )

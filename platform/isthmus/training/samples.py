@@ -139,16 +139,17 @@ def _stored(data: str | None, ids: Sequence[int]) -> list[Image.Image | None]:
     """Images as they are stored; None for one that cannot be read now."""
     if data is None:
         return [None] * len(ids)
+    from isthmus.data.clips import picture_of
     from isthmus.data.manifest import Manifest
     from isthmus.data.readers import RawSample, read_rows
-    from isthmus.data.transforms import DecodeError, decode_image
+    from isthmus.data.transforms import DecodeError
 
     manifest = Manifest.load(data, verify=False)
     place = {int(sample): row for row, sample in enumerate(manifest.ids)}
     found: list[Image.Image | None] = []
     for raw in read_rows(manifest, [place[sample] for sample in ids]):
         try:
-            found.append(decode_image(raw.image, at_least=SIDE) if isinstance(raw, RawSample) else None)
+            found.append(picture_of(raw, at_least=SIDE) if isinstance(raw, RawSample) else None)
         except DecodeError:
             found.append(None)
     return found

@@ -18,6 +18,7 @@ from isthmus.data.manifest import Manifest, check, index
 from isthmus.data.pages import PAGES_FILE
 from isthmus.data.readers import Failure, RawSample, read_rows
 from isthmus.data.records import SCHEMA
+from isthmus.data.stats import data_stats
 from isthmus.data.transforms import ImageTransform
 from isthmus.testing.clips import clip_bytes, make_clips, make_heard_images, sound_bytes
 from isthmus.testing.shards import image_bytes, make_dataset, write_tar
@@ -161,3 +162,14 @@ def test_a_sample_of_the_other_modality_and_one_without_sound_are_set_aside(tmp_
     assert outcome("images", "video-audio") == "the sample has an image, which video-audio does not take"
     assert outcome("images", "image-audio") == "the sample has no sound (.wav, .ogg, .flac, .mp3)"
     assert json.loads((tmp_path / "clips" / "manifest.json").read_text())["samples"] == 1
+
+
+def test_figures_count_clips_and_sounds(tmp_path: Path) -> None:
+    make_clips(tmp_path / "a", 3)
+    make_heard_images(tmp_path / "b", 2)
+    indexed(tmp_path)
+    stats, _ = data_stats(str(tmp_path))
+    assert (stats.samples, stats.clips, stats.sounds) == (5, 3, 2)
+    assert stats.formats == {"MOV": 3, "PNG": 2} and stats.unreadable == 0 and stats.width.most == 32
+    images, _ = data_stats(str(indexed(make_dataset(tmp_path / "c", 2)).root))
+    assert (images.clips, images.sounds) == (0, 0)
