@@ -16,6 +16,23 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Attributes:
+        id: unique within the data set; a text where the data names none.
+        answers: of the annotators, ten in VQAv2; none where they are not published.
+        kind, answer_kind: question type and answer type, "" where the file names none.
+    """
+
+    id: int | str
+    text: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    answer_kind: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image-text pair on its way to a batch.
 
@@ -28,6 +45,7 @@ class Sample:
         image_id: int64, equal for all samples of one image; None means that the image has no other sample.
         visit: how often this run has seen the sample before, which with the seed and the id decides what is drawn for
             it. None: as often as the batch's epoch says, for in one data set all samples are visited equally often.
+        questions: about the image; only where the stage asks for them.
     """
 
     id: int
@@ -37,6 +55,7 @@ class Sample:
     features_ND: np.ndarray | None = None
     image_id: int | None = None
     visit: int | None = None
+    questions: tuple[Question, ...] = ()
 
     def visit_in(self, epoch: int) -> int:
         """``visit``, in a batch of ``epoch``."""
@@ -60,6 +79,7 @@ class Batch:
         texts: the captions as chosen for this epoch, for logging and checks.
         cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
         image_ids_B: int64; rows of one image have the same. None: every sample is an image of its own.
+        targets_BA: float32, how right each known answer is, 0 to 1.
     """
 
     sample_ids_B: Tensor
@@ -76,6 +96,7 @@ class Batch:
     texts: tuple[str, ...] = ()
     cut_B: Tensor | None = None
     image_ids_B: Tensor | None = None
+    targets_BA: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on ``device``; the rest unchanged."""
@@ -227,6 +248,7 @@ class Stage:
         bases: the frozen pretrained parts that this stage stands on.
         image_spec: {"tokens": N, "width": D, "image_size": S}.
         needs_image_ids: whether its loss has to know which rows are of one image; only then are they read.
+        needs_questions: whether its samples have to carry their questions; only then are they read.
     """
 
     module: StageModule
@@ -237,6 +259,7 @@ class Stage:
     bases: tuple[Base, ...]
     image_spec: Mapping[str, int]
     needs_image_ids: bool = False
+    needs_questions: bool = False
 
 
 @runtime_checkable
@@ -288,6 +311,15 @@ class Captions(Protocol):
 
         None is the recipe's own, which a method that has one names in its attribute ``own_prompt``.
         """
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A module that chooses answers to questions from those it knows."""
+
+    def answer(self, features_BND: Tensor, questions: Sequence[str]) -> list[str]:
+        """One answer each, to the questions as they are asked."""
         ...
 
 
