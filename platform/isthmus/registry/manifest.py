@@ -50,6 +50,7 @@ CAME_LATER = {
     "data.augment": True,
     "data.resize": "pillow",
     "method.language.max_length_of": "caption",
+    "method.qformer.compression": None,
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
     "train.micro_batch": None,
