@@ -1,7 +1,7 @@
 """easy-VQA (Zhou 2020): drawn images of one coloured shape, with questions and one answer each; 13 answers in all.
 
-The package's own split is kept: its test part becomes ``heldout``. It has no captions; each image gets a sentence made of
-what its questions tell of it, because training needs a text for every image.
+The package's own split is kept: its test part becomes ``heldout``. It has no captions; each image gets a sentence made
+of what its questions tell of it, for training needs a text for every image.
 """
 
 from __future__ import annotations
