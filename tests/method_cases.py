@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from isthmus.config import CompressionConfig, FusionConfig, MethodConfig, QFormerConfig, RunConfig, TowerConfig
-from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Sample, Stage
+from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Question, Sample, Stage
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.co_optimise import CoOptimiseConfig
 from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig
 from isthmus.methods.guided import GuidedConfig, RelationConfig
+from isthmus.methods.guided_vqa import GuidedVqaConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config
 
@@ -25,6 +27,7 @@ GUIDED: dict[str, object] = {
     "compression": CompressionConfig(layers=(0, 1), keep=(0.5,)),
     "fusion": FusionConfig(text_layers=1, fusion_layers=1, width=32, heads=4, feed_forward=128, dropout=0.0, embed=16),
 }
+ANSWERS = ("cat", "dog", "two", "red", "yes")
 CAPTIONS = (
     "a red cat",
     "two dogs running on the grass left of a house",
@@ -47,6 +50,7 @@ def recipe(method: str, folder: Path, **changes: object) -> MethodConfig:
             vision=vision, text=text, embed=16, attention=AttentionConfig(heads=4), itm=MatchConfig(weight=0.5)
         ),
         "guided": GuidedConfig(vision=vision, text=text, relation=RelationConfig(width=16, steps=2), **GUIDED),
+        "guided_vqa": GuidedVqaConfig(vision=vision, text=text, answers=ANSWERS, **GUIDED),
         "projector": ProjectorConfig(vision=vision, text=text, embed=16, dropout=0.0),
     }
     return configs[method].model_copy(update=changes)
@@ -56,7 +60,7 @@ def dropped(method: str) -> dict[str, object]:
     """Changes to a recipe that wake the method's dropout."""
     if method in ("co_optimise", "projector"):
         return {"dropout": 0.1}
-    if method == "guided":
+    if method in ("guided", "guided_vqa"):
         image, fusion = TowerConfig.model_validate(GUIDED["image"]), FusionConfig.model_validate(GUIDED["fusion"])
         woken = {"dropout": 0.1}
         return {"image": image.model_copy(update=woken), "fusion": fusion.model_copy(update=woken)}
@@ -91,16 +95,18 @@ def samples(stage: Stage, count: int, seed: int = 0) -> list[Sample]:
     """Pairs with random image features and captions of very different lengths."""
     shape = (stage.image_spec["tokens"], stage.image_spec["width"])
     random = np.random.default_rng(seed)
-    return [
-        Sample(i, f"s{i}", (CAPTIONS[i % len(CAPTIONS)],), features_ND=random.standard_normal(shape).astype(np.float32))
-        for i in range(count)
-    ]
+    rows = [Sample(i, f"s{i}", features_ND=random.standard_normal(shape).astype(np.float32)) for i in range(count)]
+    return [saying(row, CAPTIONS[i % len(CAPTIONS)]) for i, row in enumerate(rows)]
+
+
+def saying(row: Sample, text: str) -> Sample:
+    """The row with ``text`` as its caption, and as the question that it is asked."""
+    answers = (ANSWERS[row.id % len(ANSWERS)],) * 7 + ("who knows",) * 2 + (ANSWERS[(row.id + 1) % len(ANSWERS)],)
+    return replace(row, captions=(text,), questions=(Question(f"{row.id}#0", text, answers),))
 
 
 def batch(stage: Stage, rows: Sequence[Sample], step: int = 0, padding: int = 0) -> Batch:
     """The rows' batch; the last ``padding`` of them are padding."""
-    from dataclasses import replace
-
     made = stage.collate(rows, 0, step)
     valid = torch.arange(len(rows)) < len(rows) - padding
     return replace(made, valid_B=made.valid_B & valid)

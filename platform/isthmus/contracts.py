@@ -16,6 +16,23 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Attributes:
+        id: unique within the data set; a text where the data names none.
+        answers: of the annotators, ten in VQAv2; none where they are not published.
+        kind, answer_kind: question type and answer type, "" where the file names none.
+    """
+
+    id: int | str
+    text: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    answer_kind: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One pair on its way to a batch: an image and its captions, or what is seen and what is heard.
 
@@ -30,6 +47,7 @@ class Sample:
             it. None: as often as the batch's epoch says, for in one data set all samples are visited equally often.
         audio_NF: patches of the log-mel spectrum of its sound, float32 [Na, 256], or None.
         audio_mask_N: bool [Na], False where the sound had ended.
+        questions: about the image; only where the stage asks for them.
     """
 
     id: int
@@ -41,6 +59,7 @@ class Sample:
     visit: int | None = None
     audio_NF: np.ndarray | None = None
     audio_mask_N: np.ndarray | None = None
+    questions: tuple[Question, ...] = ()
 
     def visit_in(self, epoch: int) -> int:
         """``visit``, in a batch of ``epoch``."""
@@ -65,6 +84,7 @@ class Batch:
         cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
         image_ids_B: int64; rows of one image have the same. None: every sample is an image of its own.
         audio_BNF, audio_mask_BN: patches of sounds, and 1 where a sound has not ended (int64, as attention masks are).
+        targets_BA: float32, how right each known answer is, 0 to 1.
     """
 
     sample_ids_B: Tensor
@@ -83,6 +103,7 @@ class Batch:
     image_ids_B: Tensor | None = None
     audio_BNF: Tensor | None = None
     audio_mask_BN: Tensor | None = None
+    targets_BA: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on ``device``; the rest unchanged."""
@@ -242,6 +263,7 @@ class Stage:
         bases: the frozen pretrained parts that this stage stands on.
         image_spec: {"tokens": N, "width": D, "image_size": S}.
         needs_image_ids: whether its loss has to know which rows are of one image; only then are they read.
+        needs_questions: whether its samples have to carry their questions; only then are they read.
     """
 
     module: StageModule
@@ -252,6 +274,7 @@ class Stage:
     bases: tuple[Base, ...]
     image_spec: Mapping[str, int]
     needs_image_ids: bool = False
+    needs_questions: bool = False
 
 
 @runtime_checkable
@@ -320,6 +343,15 @@ class Captions(Protocol):
 
         None is the recipe's own, which a method that has one names in its attribute ``own_prompt``.
         """
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A module that chooses answers to questions from those it knows."""
+
+    def answer(self, features_BND: Tensor, questions: Sequence[str]) -> list[str]:
+        """One answer each, to the questions as they are asked."""
         ...
 
 

@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count, encode
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all; sounds; clips")] = "all",
+    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all; sounds; clips; easy-vqa")] = "all",
     out: Annotated[str, typer.Option(help="Folder or URL; gets train/ and heldout/.")] = "data/demo",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
     heldout: Annotated[int, typer.Option(min=0, help="Pairs kept apart for evaluation.")] = 600,
@@ -33,8 +33,14 @@ def fetch(
       $ isthmus data fetch --synthetic --limit 500 --out data/shapes
       $ isthmus data fetch sounds --out data/sounds
       $ isthmus data fetch clips --out data/clips
+      $ isthmus data fetch easy-vqa --out data/easy-vqa
     """
     from isthmus.data.sources import fetch as work
+    from isthmus.data.sources import fetch_questions
+
+    if name == "easy-vqa":  # has its own split, and questions instead of captions
+        show(fetch_questions(out, limit=limit))
+        return
 
     show(work(name, out, parquet=parquet, synthetic=synthetic, limit=limit, seed=seed, heldout=heldout))
 

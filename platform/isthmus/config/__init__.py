@@ -2,7 +2,7 @@
 
 from isthmus.config.alignment import CurateConfig, PrototypesConfig, SelectConfig
 from isthmus.config.base import Config, MethodConfig
-from isthmus.config.compression import CompressionConfig
+from isthmus.config.compression import CompressionConfig, TokenDropConfig
 from isthmus.config.evaluation import ClassificationConfig, EvaluateConfig, LayoutConfig, MatchingConfig, VqaConfig
 from isthmus.config.load import load_config, load_run, read_yaml, to_yaml
 from isthmus.config.mixture import SetConfig, whole_weights
@@ -50,6 +50,7 @@ __all__ = [
     "ServeConfig",
     "SetConfig",
     "TextConfig",
+    "TokenDropConfig",
     "TowerConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -24,6 +24,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 TRIPS (Jiang et al. 2022; its two layers and rate as recalled, its code was not at hand)."""
 
 
+class TokenDropConfig(Config):
+    """How frozen image tokens are thinned out before a Q-Former reads them, without any parameter.
+
+    A completion of ours: EViT's choice and fused token, by how much the encoder's class token, or the mean token, is
+    like each of them.
+    """
+
+    keep: Rate = Field(0.5, description="share of the tokens that stays")
+    class_token: bool = Field(
+        False, description="the encoder's first token is a class token: it always stays, and what is like it stays"
+    )
+    fuse: bool = Field(True, description="put the weighted mean of what is dropped in its place, as one token")
+    sharpness: Annotated[float, Field(gt=0.0)] = Field(9.0, description="of the softmax of cosines that are the scores")
+
+
 class CompressionConfig(Config):
     """Which layers drop image tokens, how many, and by what score.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from isthmus.config.base import Config, MethodConfig
+from isthmus.config.compression import TokenDropConfig
 from isthmus.config.mixture import SetConfig, whole_weights
 from isthmus.config.places import Place
 from isthmus.errors import nearest
@@ -103,6 +104,9 @@ class QFormerConfig(Config):
         None, description="rows of the text branch's position table; those of the initial weights, or 512"
     )
     init: str | None = Field("text", description="'text': first layers of the text weights; null: random")
+    compression: TokenDropConfig | None = Field(
+        None, description="thin out the image tokens that the queries read, before all passes; None reads all"
+    )
     init_segment: Literal["drop", "fold"] = Field(
         "drop",
         description="BERT adds its first segment row to every token; the Q-Former has no segments. drop: it is left "

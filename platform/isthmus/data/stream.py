@@ -26,6 +26,7 @@ from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.pixels import BatchMemory, training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
+from isthmus.data.questions import with_questions
 from isthmus.data.readers import Failure, failure_of, read_rows
 from isthmus.data.sets import Sets
 from isthmus.data.shuffled import CaptionsOf, stored_captions, with_others_captions
@@ -89,6 +90,8 @@ def train_batches(
     if stage.needs_image_ids:
         for manifest in sets.manifests:
             _check_images(manifest, rank)
+    if stage.needs_questions:
+        source = with_questions(source, sets, order, rank, world)
     if stage.needs_image_ids or sets.several:
         source = _as_met(source, sets, order, rank, world, stage.needs_image_ids)
     return _batches(source, data, stage, order, blank, on_failure, on_retries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +15,10 @@ from isthmus.data.clips import clip_transform
 from isthmus.data.features import FeatureCache
 from isthmus.data.local import to_sample
 from isthmus.data.manifest import Manifest
+from isthmus.data.questions import parse_questions
 from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
 from isthmus.data.transforms import DecodeError, decode_image
-from isthmus.errors import DataError, IsthmusError
+from isthmus.errors import IsthmusError
 from isthmus.evaluation.layouts import Extras, Layout, Question, as_negatives, read_layout
 
 Transform = Callable[[Any], np.ndarray]
@@ -107,11 +108,8 @@ class IndexedSource:
 
     def _extras(self, raw: RawSample) -> Extras:
         where = f"{self.root}: sample {raw.key}"
-        asked = raw.meta.get("questions") or []
-        if not isinstance(asked, list):
-            raise DataError(f"{where}: 'questions' is no list.", "Write a list of objects with 'question', 'answers'.")
         return Extras(
-            questions=tuple(_question(entry, f"{raw.id}#{n}", where) for n, entry in enumerate(asked)),
+            questions=parse_questions(raw.meta, raw.id, where),
             label=str(raw.meta.get("label") or raw.meta.get("class") or ""),
             negatives=as_negatives(raw.meta.get("negatives"), where),
         )
@@ -143,15 +141,3 @@ class LayoutSource:
         except DecodeError as error:
             return Failure(item.id, item.file, self.root, 0, error.reason, hashlib.sha256(data).hexdigest())
         return Sample(item.id, item.file, item.captions, pixels_CHW=pixels)
-
-
-def _question(entry: Any, number: str, where: str) -> Question:
-    """A question in a sample's JSON: ``question``, ``answers`` (texts or objects) or ``answer``, and its types."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("question"), str):
-        raise DataError(f"{where}: an entry of 'questions' has no text 'question'.", "Mend the sample's JSON.")
-    given = entry.get("answers", [entry["answer"]] if "answer" in entry else [])
-    answers: list[Any] = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in given]
-    if not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{where}: an answer to '{entry['question']}' is no text.", "Mend the sample's JSON.")
-    kinds = str(entry.get("question_type") or ""), str(entry.get("answer_type") or "")
-    return Question(entry.get("question_id", number), entry["question"], tuple(answers), *kinds)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isthmus.config import EvaluateConfig
-from isthmus.contracts import Captions, Embeds, Hears, Judges, Matches, Sample
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Judges, Matches, Sample
 from isthmus.data.prefetch import map_ahead
 from isthmus.data.readers import Failure
 from isthmus.errors import ConfigError, DataError
@@ -172,6 +172,8 @@ class Worker:
         return _as_many(made, len(features_BND))
 
     def _answer(self, features_BND: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[str]]:
+        if self.model is not None and isinstance(self.model.module, Answers):
+            return self._choose(self.model.module, features_BND, questions)
         vqa, module = self.config.vqa, self._module(Captions, "vqa")
         asked = [(i, ask(question.text, vqa)) for i, some in enumerate(questions) for question in some]
         made: list[str] = []
@@ -188,6 +190,18 @@ class Worker:
                 ),
                 len(images),
             )
+        rest = iter(made)
+        return [[next(rest) for _ in some] for some in questions]
+
+    def _choose(
+        self, module: Answers, features_BND: Tensor, questions: Sequence[Sequence[Question]]
+    ) -> list[list[str]]:
+        """Answers from a closed set: the question goes in as it is, ``vqa``'s prompt and beams have no say."""
+        asked = [(i, question.text) for i, some in enumerate(questions) for question in some]
+        made: list[str] = []
+        for start in range(0, len(asked), self.config.batch):
+            images, texts = zip(*asked[start : start + self.config.batch], strict=True)
+            made += _as_many(module.answer(features_BND[list(images)], list(texts)), len(images))
         rest = iter(made)
         return [[next(rest) for _ in some] for some in questions]
 
@@ -222,7 +236,7 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
     needs: dict[str, list[tuple[type, str]]] = {
         "retrieval": [(Embeds, "retrieval")] + ([(Matches, "re-ranking")] if config.rerank else []),
         "captioning": [] if config.captions else [(Captions, "captioning")],
-        "vqa": [(Captions, "vqa")],
+        "vqa": [] if isinstance(model.module, Answers) else [(Captions, "vqa")],
         "classification": [(Embeds, "classification")],
         "correspondence": [(Hears, "correspondence")],
         "matching": [(Judges, "matching")] + ([(Embeds, "mining")] if config.matching.negatives == "mined" else []),

@@ -26,7 +26,7 @@ from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.language import IGNORED, language_reference, next_token_count, next_token_sum
 from isthmus.losses.matching import Match, Negatives, matching, matching_reference, mine_negatives
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
-from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded
+from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded, thinned
 from isthmus.models.attention import ImageMemory, ImageTokens
 from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
@@ -220,7 +220,8 @@ class Blip2Stage1(SeeingModule):
         return torch.cat([batch_keys(self.seed, batch.step, n, len(batch), self.comm, device) for n in numbers])
 
     def _normalise(self, features_BND: Tensor) -> ImageTokens:
-        return self.ln_vision(features_BND, self.qformer.queries.dtype)
+        normal = self.ln_vision(features_BND, self.qformer.queries.dtype)
+        return thinned(normal, self.config.qformer.compression)
 
     def _uses(self, with_itm: bool) -> float:
         """Passes per projected image: with ITM four (once alone, twice with its own image's pairs, once as another's

@@ -22,7 +22,7 @@ from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
 from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
 from isthmus.methods.blip2_stage1 import check_heads
-from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded
+from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded, thinned
 from isthmus.models.language import build_language
 from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum
 from isthmus.models.noise import batch_keys
@@ -133,7 +133,8 @@ class Blip2Stage2(SeeingModule):
 
     def soft_prompt(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
         """Projected queries [B, Q, L]; ``noise_B`` as in :meth:`isthmus.models.qformer.QFormer.forward`."""
-        memory = self.qformer.remember(self.ln_vision(features_BND, self.qformer.queries.dtype))
+        normal = self.ln_vision(features_BND, self.qformer.queries.dtype)
+        memory = self.qformer.remember(thinned(normal, self.qformer.config.compression))
         return self.projection(self.qformer(memory, noise_B=noise_B).queries_BQM)
 
     def load_stage1(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

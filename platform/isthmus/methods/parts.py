@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.config import TokenDropConfig
 from isthmus.contracts import Batch, StageModule
 from isthmus.errors import ConfigError
 from isthmus.models.attention import ImageTokens
+from isthmus.models.compression import drop_frozen
 
 
 class VisionNorm(nn.LayerNorm):
@@ -61,6 +64,14 @@ class SeeingModule(StageModule):
         if batch.pixels_BCHW is None:
             raise ValueError("the batch holds neither pixels nor features")
         return self.encode_images(batch.pixels_BCHW)
+
+
+def thinned(image: ImageTokens, compression: TokenDropConfig | None) -> ImageTokens:
+    """The tokens that a Q-Former reads: all, or what ``compression`` leaves. The affine map that is still to be applied
+    commutes with the choice and with the mean of what is dropped."""
+    if compression is None:
+        return image
+    return replace(image, tokens_BND=drop_frozen(image.tokens_BND, compression))
 
 
 def in_parts(function: Callable[..., tuple[Tensor, ...]], rows: int, *given: Tensor | None) -> tuple[Tensor, ...]:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.config import CompressionConfig
+from isthmus.config import CompressionConfig, TokenDropConfig
 
 FUSED = -1
 """Number of a fused token among the image's own tokens, which count from 0."""
@@ -121,6 +122,22 @@ def compress(
     fused_B1C = weights.unsqueeze(1) @ _rows(tokens_BNC, drop)
     mark_B1 = torch.full_like(stay_BK[:, :1], FUSED)
     return torch.cat([out_BKC, fused_B1C], 1), torch.cat([stay_BK, mark_B1], 1)
+
+
+@torch.no_grad()
+def drop_frozen(tokens_BND: Tensor, config: TokenDropConfig) -> Tensor:
+    """Frozen encoder's tokens [B, N, D], thinned out by their own likeness: [B, K, D] of the same type.
+
+    The score of a token is the softmax of its cosine to the class token, or to the mean token where there is none. No
+    text has a say, so what comes of an image is the same for all texts.
+    """
+    prefix = int(config.class_token)
+    patches_BND, unit_BND = tokens_BND[:, prefix:], F.normalize(tokens_BND.float(), dim=-1)
+    asking_BD = unit_BND[:, 0] if prefix else F.normalize(tokens_BND.float().mean(1), dim=-1)
+    scores_BN = (config.sharpness * (unit_BND[:, prefix:] * asking_BD.unsqueeze(1)).sum(2)).softmax(1)
+    [step] = schedule(CompressionConfig(layers=(0,), keep=(config.keep,), fuse=config.fuse), patches_BND.shape[1])
+    left_BKD, _ = compress(patches_BND, scores_BN, step.kept, fuse=config.fuse)
+    return torch.cat([tokens_BND[:, :prefix], left_BKD], 1)
 
 
 def renumber(known_BN: Tensor, chosen_BK: Tensor) -> Tensor:

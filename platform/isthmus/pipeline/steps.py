@@ -96,9 +96,11 @@ class ReportOptions(Config):
 
 
 def _fetch(_: StepContext, options: Mapping[str, Any]) -> Result:
-    from isthmus.data.sources import fetch
+    from isthmus.data.sources import fetch, fetch_questions
 
     asked = _options(FetchOptions, options)
+    if asked.name == "easy-vqa":
+        return _flat(fetch_questions(asked.out, limit=asked.limit))
     return _flat(
         fetch(
             asked.name, asked.out, seed=asked.seed, heldout=asked.heldout, synthetic=asked.synthetic, limit=asked.limit

@@ -51,6 +51,7 @@ CAME_LATER = {
     "data.resize": "pillow",
     "data.shuffled_pairs": False,
     "method.language.max_length_of": "caption",
+    "method.qformer.compression": None,
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
     "train.micro_batch": None,

@@ -38,8 +38,17 @@ def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, byt
     return path
 
 
-def make_dataset(folder: Path, samples: int, per_shard: int = 8, *, start: int = 0, kind: str = "png") -> Path:
-    """A folder of tars with ``samples`` pairs: an image, a main and a second caption, and a JSON with the number."""
+def make_dataset(
+    folder: Path,
+    samples: int,
+    per_shard: int = 8,
+    *,
+    start: int = 0,
+    kind: str = "png",
+    answers: Sequence[str] = (),
+) -> Path:
+    """A folder of tars with ``samples`` pairs: an image, a main and a second caption, and a JSON with the number; with
+    ``answers`` also two questions, of which the first is answered by one of them after the other."""
     for first in range(0, samples, per_shard):
         members: dict[str, bytes] = {}
         for number in range(first, min(samples, first + per_shard)):
@@ -47,7 +56,11 @@ def make_dataset(folder: Path, samples: int, per_shard: int = 8, *, start: int =
             encoder = "JPEG" if kind in ("jpg", "jpeg") else kind.upper()
             members[f"{key}.{kind}"] = image_bytes(start + number, kind=encoder)
             members[f"{key}.txt"] = f"picture number {start + number}\nnoise {start + number}\n".encode()
-            members[f"{key}.json"] = json.dumps({"number": start + number}).encode()
+            meta: dict[str, object] = {"number": start + number}
+            if answers:
+                asked = {"question": f"which of {len(answers)}", "answers": [answers[number % len(answers)]]}
+                meta["questions"] = [asked, {"question": "is it a picture", "answer": "yes"}]
+            members[f"{key}.json"] = json.dumps(meta).encode()
         write_tar(folder / f"shard-{first // per_shard:05d}.tar", members)
     return folder
 

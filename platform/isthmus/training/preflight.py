@@ -82,7 +82,8 @@ def check(run: RunConfig) -> Plan:
     spec = METHODS[run.method.name]
     _check_weights(run)
     _check_vision(run)
-    resolved = run.model_copy(update={"method": spec.resolve(run.method, _parent_recipe(parent))})
+    method = spec.survey(spec.resolve(run.method, _parent_recipe(parent)), [one.url for one in run.data.sets])
+    resolved = run.model_copy(update={"method": method})
     data = manifest.data_record(run.data, found)
     lineage = manifest.lineage(data=data, parent=parent)
     cached = _cached_encoder(resolved, [digest for digest, _ in found], parent)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from isthmus.contracts import Batch, Captions, Embeds, Sees, Stage, StageModule
+from isthmus.contracts import Answers, Batch, Captions, Embeds, Sees, Stage, StageModule
 from isthmus.errors import IsthmusError
 
 SIDE, WIDTH, MARGIN, LINE = 160, 720, 12, 18
@@ -56,8 +56,9 @@ def contact_sheet(
     own: dict[str, list[str]] = {}
     if whole and len(rows):
         module = stage.module.eval()
+        asked = [captions[row] for row in rows.tolist()] if captions else []
         with torch.no_grad(), torch.autocast(autocast or "cpu", torch.bfloat16, enabled=autocast is not None):
-            own = own_captions(module, _features(module, batch, rows), captions)
+            own = own_captions(module, _features(module, batch, rows), captions, asked)
     pairs = [
         Pair(
             int(batch.sample_ids_B[row]),
@@ -71,12 +72,15 @@ def contact_sheet(
     return {"png": draw(pairs, images), "json": listed.encode()}
 
 
-def own_captions(module: StageModule, features_BND: Tensor | None, texts: Sequence[str]) -> dict[str, list[str]]:
+def own_captions(
+    module: StageModule, features_BND: Tensor | None, texts: Sequence[str], asked: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """What a model says of images, in each of the ways that it has.
 
     Args:
         features_BND: frozen image tokens; without them it is not asked.
         texts: to choose from.
+        asked: each image's own text, which a model that answers takes as a question.
     """
     if features_BND is None:
         return {}
@@ -88,6 +92,8 @@ def own_captions(module: StageModule, features_BND: Tensor | None, texts: Sequen
         images_BQE, texts_KE = module.embed_images(features_BND), module.embed_texts(list(texts))
         nearest_B = torch.einsum("bqe,ke->bqk", images_BQE, texts_KE).amax(1).argmax(1)
         found["matched"] = [texts[number] for number in nearest_B.tolist()]
+    if isinstance(module, Answers) and asked:
+        found["answered"] = module.answer(features_BND, list(asked))
     return found
 
 

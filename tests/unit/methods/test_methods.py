@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from isthmus.config import load_run, to_yaml
-from isthmus.contracts import Base, Captions, Embeds, Matches, Sees
+from isthmus.contracts import Answers, Base, Captions, Embeds, Matches, Sees
 from isthmus.errors import RegistryError, WeightsError
 from isthmus.methods import METHODS, method_configs
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import owned_state, state_digest
-from method_cases import batch, build, recipe, run_config, samples
+from method_cases import batch, build, recipe, run_config, samples, saying
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
 
@@ -173,13 +173,15 @@ def test_incomplete_model_folders_are_named(folder: Path, tmp_path: Path) -> Non
 def test_who_can_do_what(folder: Path) -> None:
     modules = {name: build(recipe(name, folder)).module for name in METHODS}
     can = {
-        name: [p.__name__ for p in (Embeds, Matches, Captions, Sees) if isinstance(m, p)] for name, m in modules.items()
+        name: [p.__name__ for p in (Answers, Embeds, Matches, Captions, Sees) if isinstance(m, p)]
+        for name, m in modules.items()
     }
     assert can == {
         "blip2_stage1": ["Embeds", "Matches", "Captions", "Sees"],
         "blip2_stage2": ["Captions", "Sees"],
         "co_optimise": ["Embeds", "Matches", "Sees"],
         "guided": ["Embeds", "Matches", "Sees"],
+        "guided_vqa": ["Answers", "Sees"],
         "projector": ["Embeds", "Sees"],
     }
 
@@ -188,10 +190,9 @@ def test_who_can_do_what(folder: Path) -> None:
 def test_captions_over_the_limit_are_counted(folder: Path, method: str) -> None:
     stage = build(recipe(method, folder))
     rows = samples(stage, 3)
-    rows[0] = replace(rows[0], captions=("a red cat " * 40,))
-    rows[1] = replace(rows[1], captions=("a cat",))
     limit = 16  # of the small language models
-    rows[2] = replace(rows[2], captions=(" ".join(["cat"] * (limit - 2)),))
+    texts = ("a red cat " * 40, "a cat", " ".join(["cat"] * (limit - 2)))
+    rows = [saying(row, text) for row, text in zip(rows, texts, strict=True)]
     assert stage.collate(rows, 0, 0).cut_B.tolist() == [True, False, False]
 
 

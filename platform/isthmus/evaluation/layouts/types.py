@@ -5,22 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image.
-
-    Attributes:
-        id: unique within the data set; a text where the data names none.
-        answers: of the annotators, ten in VQAv2; none where they are not published.
-        kind, answer_kind: question type and answer type, "" where the file names none.
-    """
-
-    id: int | str
-    text: str
-    answers: tuple[str, ...] = ()
-    kind: str = ""
-    answer_kind: str = ""
+from isthmus.contracts import Question
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def _exportable(artefact: Artefact) -> Kind:
             f"A '{config.name}' model has no place in Hugging Face's layout.", f"Export a {' or a '.join(CLASSES)}."
         )
     reasons = []
+    if config.qformer.compression is not None:
+        reasons.append("its queries read thinned-out image tokens (qformer.compression), and transformers' read all")
     if config.name == "blip2_stage1":
         if config.weights.itm == 0:
             reasons.append("it was trained without ITM (weights.itm 0), and Blip2ForImageTextRetrieval has an itm_head")
