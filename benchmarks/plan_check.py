@@ -26,6 +26,7 @@ from isthmus.contracts import Batch, LocalComm
 from isthmus.methods import method_configs
 from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
+from isthmus.methods.parts import SeeingModule
 from isthmus.models.language import build_language
 from isthmus.planning.assumptions import CPU_UTILISATION
 from isthmus.planning.compute import Flops
@@ -33,6 +34,7 @@ from isthmus.planning.hardware import Gpu, probe_cpu
 from isthmus.planning.plan import Wishes, reckon
 from isthmus.planning.shapes import Texts
 from isthmus.planning.subject import Subject, examine
+from isthmus.planning.trial import NAME, trial_of
 
 VISION = {"name": "vit_base_patch32_224", "weights": "random"}  # 50 tokens of 768; only its sizes are used
 MIB = 2.0**20
@@ -47,12 +49,12 @@ def shape(layers: int, width: int, queries: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipe(batch: int, **method: Any) -> RunConfig:
+def recipe(batch: int, micro_batch: int | None = None, **method: Any) -> RunConfig:
     """A run on cached features."""
     values = {
         "name": "check", "method": {"vision": VISION, **method}, "cluster": {"workers": 1}, "zero": {"stage": 0},
         "data": {"train": "nowhere", "placement": "cached", "cache": "nowhere"},
-        "train": {"steps": 1, "global_batch": batch, "precision": "fp32"},
+        "train": {"steps": 1, "global_batch": batch, "precision": "fp32", "micro_batch": micro_batch},
     }  # fmt: skip
     return load_run(None, methods=method_configs(), values=values)
 
@@ -62,8 +64,12 @@ CASES: dict[str, Callable[[], RunConfig]] = {
     "stage 1, 2 x 384, batch 64": partial(recipe, 64, name="blip2_stage1", qformer=shape(2, 384, 16)),
     "stage 1, 4 x 384, batch 32": partial(recipe, 32, name="blip2_stage1", qformer=shape(4, 384, 32)),
     "stage 1, 6 x 768, batch 4": partial(recipe, 4, name="blip2_stage1", qformer=shape(6, 768, 32)),
+    "stage 1, 4 x 384, batch 32 in parts of 8": partial(recipe, 32, 8, name="blip2_stage1", qformer=shape(4, 384, 32)),
     "stage 2, 4 x 384, batch 8": partial(recipe, 8, name="blip2_stage2", qformer=shape(4, 384, 16), language=SMOLLM),
     "stage 2, 6 x 768, batch 4": partial(recipe, 4, name="blip2_stage2", qformer=shape(6, 768, 32), language=SMOLLM),
+    "stage 2, 4 x 384, batch 16 in parts of 4": partial(
+        recipe, 16, 4, name="blip2_stage2", qformer=shape(4, 384, 16), language=SMOLLM
+    ),
 }
 
 
@@ -84,7 +90,7 @@ def main() -> None:
             cells += [f"{a:.4g} {unit}", f"{b:.4g}", f"{a / b - 1:+.1%}"]
             key = name.replace(",", "").replace(" ", "_")
             figures |= {f"{key}_{what}_planned": said[what], f"{key}_{what}_measured": found[what]}
-        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth", "elementwise")}
+        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth", "elementwise", "timed")}
         figures |= {f"{key}_{what}": said[what] for what in ("kept", "trained")}
         rows.append([name, *cells])
     columns = ["", *(f"{head}" for what in ("memory", "step", "products") for head in (what, "measured", "off by"))]
@@ -105,9 +111,11 @@ def planned(name: str, found: dict[str, float]) -> dict[str, float]:
     run = CASES[name]()
     batch = captions(run)
     subject = subject_of(run, batch)
+    timed = {NAME: found["timed"]} if subject.language is not None else {}
     cpu = Gpu(
-        "cpu", found["rate"], found["rate"], 1e12, found["bandwidth"], 1e10, 1e10, "measured", found["elementwise"]
-    )
+        "cpu", found["rate"], found["rate"], 1e12, found["bandwidth"], 1e10, 1e10, "measured", found["elementwise"],
+        timed,
+    )  # fmt: skip
     plan = reckon(subject, Wishes(cpu, 1, 1, CPU_UTILISATION))
     parts = plan.chosen.memory
     memory = plan.chosen.total - parts["framework"] - parts["gradient buckets"]
@@ -143,16 +151,20 @@ def measured(name: str, repeats: int) -> dict[str, float]:
     step()
     with PeakMemory() as memory:
         step()
-    products = sum(subject_of(run, batch).flops(run.train.global_batch, 1).values(), Flops()).products
-    seconds, probes = [], []
+    subject, size = subject_of(run, batch), run.train.global_batch
+    products = sum((part for name, part in subject.flops(size, 1).items() if name != NAME), Flops()).products
+    seconds, probes, trials = [], [], []
     for _ in range(repeats):  # in turns, so that a slow minute hits both
         probes.append(probe_cpu(products, rounds=1))
+        if subject.language is not None:
+            trials.append(trial_of(subject, size, bf16=False).seconds(rounds=1) * subject.parts(size))
         step()  # brings back what the probe drove out of caches and heap
         seconds.append(timed(step))
     return {
         "memory": memory.peak - before, "seconds": statistics.median(seconds), "flops": flops(step),
         "rate": statistics.median(p.fp32 for p in probes), "bandwidth": statistics.median(p.bandwidth for p in probes),
         "elementwise": statistics.median(p.elementwise for p in probes),
+        "timed": statistics.median(trials or [0.0]),
     }  # fmt: skip
 
 
@@ -167,10 +179,11 @@ def _warm() -> None:
 def _build(run: RunConfig) -> torch.nn.Module:
     method = run.method
     if isinstance(method, Blip2Stage1Config):
-        module: torch.nn.Module = Blip2Stage1(method, None, 768, None, LocalComm(), 0, vocab=30522)
+        module: SeeingModule = Blip2Stage1(method, None, 768, None, LocalComm(), 0, vocab=30522)
     else:
         assert isinstance(method, Blip2Stage2Config)
         module = Blip2Stage2(method, None, 768, build_language(method.language), LocalComm())
+    module.micro_batch = run.train.micro_batch
     return module.train()
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from isthmus.config import MethodConfig, QFormerConfig, RunConfig
+from isthmus.config import CompressionConfig, FusionConfig, MethodConfig, QFormerConfig, RunConfig, TowerConfig
 from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Sample, Stage
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
+from isthmus.methods.co_optimise import CoOptimiseConfig
+from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig
+from isthmus.methods.guided import GuidedConfig, RelationConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config
 
 QFORMER = QFormerConfig(layers=2, width=32, heads=4, feed_forward=128, queries=4, dropout=0.0, embed=16)
+GUIDED: dict[str, object] = {
+    "image": TowerConfig(layers=2, width=24, heads=4, feed_forward=48, dropout=0.0),
+    "compression": CompressionConfig(layers=(0, 1), keep=(0.5,)),
+    "fusion": FusionConfig(text_layers=1, fusion_layers=1, width=32, heads=4, feed_forward=128, dropout=0.0, embed=16),
+}
 CAPTIONS = (
     "a red cat",
     "two dogs running on the grass left of a house",
@@ -35,9 +43,24 @@ def recipe(method: str, folder: Path, **changes: object) -> MethodConfig:
     configs: dict[str, MethodConfig] = {
         "blip2_stage1": Blip2Stage1Config(vision=vision, text=text, qformer=QFORMER),
         "blip2_stage2": Blip2Stage2Config(vision=vision, qformer=QFORMER, language=tiny_lm(folder / "lm")),
+        "co_optimise": CoOptimiseConfig(
+            vision=vision, text=text, embed=16, attention=AttentionConfig(heads=4), itm=MatchConfig(weight=0.5)
+        ),
+        "guided": GuidedConfig(vision=vision, text=text, relation=RelationConfig(width=16, steps=2), **GUIDED),
         "projector": ProjectorConfig(vision=vision, text=text, embed=16, dropout=0.0),
     }
     return configs[method].model_copy(update=changes)
+
+
+def dropped(method: str) -> dict[str, object]:
+    """Changes to a recipe that wake the method's dropout."""
+    if method in ("co_optimise", "projector"):
+        return {"dropout": 0.1}
+    if method == "guided":
+        image, fusion = TowerConfig.model_validate(GUIDED["image"]), FusionConfig.model_validate(GUIDED["fusion"])
+        woken = {"dropout": 0.1}
+        return {"image": image.model_copy(update=woken), "fusion": fusion.model_copy(update=woken)}
+    return {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
 
 
 def build(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from isthmus import __version__
-from isthmus.commands import data, diagnose, model, plan, run, use
+from isthmus.commands import align, data, diagnose, model, plan, run, use
 from isthmus.commands.shell import Shell
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def root(
 
 app.command()(run.demo)
 app.add_typer(data.app, name="data")
+app.add_typer(align.app, name="align")
 app.command()(plan.plan)
 app.command()(run.train)
 app.command(name="run")(run.run)

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sample:
-    """One image-text pair on its way to a batch.
+    """One pair on its way to a batch: an image and its captions, or what is seen and what is heard.
 
     Attributes:
         id: int64, unique within the data set's manifest.
         key: the sample's name inside its shard.
         captions: every caption of the image, at least one for training.
-        pixels_CHW: float32, transformed, or None when ``features_ND`` is given.
+        pixels_CHW: float32, transformed, or None when ``features_ND`` is given; of a clip [T, 3, H, W].
         features_ND: the frozen encoder's tokens, float16 or float32, or None.
         image_id: int64, equal for all samples of one image; None means that the image has no other sample.
         visit: how often this run has seen the sample before, which with the seed and the id decides what is drawn for
             it. None: as often as the batch's epoch says, for in one data set all samples are visited equally often.
+        audio_NF: patches of the log-mel spectrum of its sound, float32 [Na, 256], or None.
+        audio_mask_N: bool [Na], False where the sound had ended.
     """
 
     id: int
@@ -37,6 +39,8 @@ class Sample:
     features_ND: np.ndarray | None = None
     image_id: int | None = None
     visit: int | None = None
+    audio_NF: np.ndarray | None = None
+    audio_mask_N: np.ndarray | None = None
 
     def visit_in(self, epoch: int) -> int:
         """``visit``, in a batch of ``epoch``."""
@@ -53,13 +57,14 @@ class Batch:
         step: global optimizer step, the same on every rank; keys the counter-based generators.
         epoch: completed passes over the data; where sets of a mixture have passes of their own, as many rows as all of
             them hold are one.
-        pixels_BCHW, features_BND: exactly one of the two is given.
+        pixels_BCHW, features_BND: exactly one of the two is given; pixels of clips are [B, T, 3, H, W].
         ids_BT, mask_BT: int64 token ids and 0/1 attention mask, right-padded.
         labels_BT: int64 targets, -100 where no loss is taken.
         prefix_ids_BT, prefix_mask_BT: encoder-side prefix of prefix language modelling.
         texts: the captions as chosen for this epoch, for logging and checks.
         cut_B: bool; True where the caption was longer than the recipe's limit and lost its end.
         image_ids_B: int64; rows of one image have the same. None: every sample is an image of its own.
+        audio_BNF, audio_mask_BN: patches of sounds, and 1 where a sound has not ended (int64, as attention masks are).
     """
 
     sample_ids_B: Tensor
@@ -76,6 +81,8 @@ class Batch:
     texts: tuple[str, ...] = ()
     cut_B: Tensor | None = None
     image_ids_B: Tensor | None = None
+    audio_BNF: Tensor | None = None
+    audio_mask_BN: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on ``device``; the rest unchanged."""
@@ -198,6 +205,14 @@ class StageModule(nn.Module):
         """Losses of one local batch; collective calls inside must be the same on every rank."""
         raise NotImplementedError
 
+    def running_state(self) -> Mapping[str, Tensor]:
+        """What a run has counted outside its parameters and later steps depend on, as tensors on the CPU: part of every
+        checkpoint. The same on every rank, and of the same names from the start."""
+        return {}
+
+    def load_running_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where :meth:`running_state` was taken."""
+
     def train(self, mode: bool = True) -> StageModule:
         super().train(mode)
         if mode:
@@ -241,7 +256,10 @@ class Stage:
 
 @runtime_checkable
 class Embeds(Protocol):
-    """A module that places images and texts in one space. Implemented by StageModules that can retrieve."""
+    """A module that places images and texts in one space. Implemented by StageModules that can retrieve.
+
+    Optional for a method: ``contrasts``, False where this model was trained to match pairs and not to place them.
+    """
 
     def embed_images(self, features_BND: Tensor) -> Tensor:
         """Unit vectors, float32 [B, Q, E]; Q is 1 for single-vector methods."""
@@ -249,6 +267,19 @@ class Embeds(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors, float32 [B, E]. Optional for a method: ``max_length``, tokens of a text."""
+        ...
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A module that places what is seen and what is heard in one space."""
+
+    def embed_images(self, features_BND: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, Q, E]; of clips the features are [B, T, D]."""
+        ...
+
+    def embed_sounds(self, audio_BNF: Tensor, mask_BN: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, E], of patches [B, Na, 256] and their mask."""
         ...
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.config import CompressionConfig
 from isthmus.contracts import Comm, LocalComm
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import LossWeights
 from isthmus.testing.gloo import run_ranks
-from method_cases import QFORMER, batch, build, recipe, samples
+from method_cases import QFORMER, batch, build, dropped, recipe, samples
 
 pytestmark = pytest.mark.timeout(600)  # two processes import all methods, on a machine that may be busy
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -25,13 +26,17 @@ LR = dict.fromkeys(
 LR_ELSE = 0.005
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
 DROPPED = QFORMER.model_copy(update={"dropout": 0.1})
+SHRINKING = CompressionConfig(layers=(0, 1), keep=(0.5,), warmup_steps=2, shrink_steps=5)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"dropout": 0.1} if name == "projector" else {"qformer": DROPPED}) for name in sorted(METHODS)},
+    **{name: (name, dropped(name)) for name in sorted(METHODS)},
     "stage 1, full gather": ("blip2_stage1", {"itc_gather": "full"}),
     "stage 1, image ids": ("blip2_stage1", {"itc_same_image": True}),
     "stage 1, scheduled": ("blip2_stage1", {"itm_every": 2, "itg_every": 3, "weights": LossWeights(itm=0.5)}),
     "stage 1, in parts": ("blip2_stage1", {"qformer": DROPPED}),
     "stage 2, in parts": ("blip2_stage2", {"qformer": DROPPED}),
+    "guided, image ids": ("guided", {"itc_same_image": True, "itc_gather": "detached"}),
+    "guided, scheduled": ("guided", {"pairs_every": 2, "mlm_every": 3, "compression": SHRINKING}),
+    "guided, in parts": ("guided", dropped("guided")),
     "projector, in parts": ("projector", {"dropout": 0.1}),
     "projector, detached": ("projector", {"itc_gather": "detached", "text_features": "tokens"}),
 }
@@ -75,7 +80,8 @@ def train(folder: Path, comm: Comm) -> dict[str, Any]:
 def train_on_ranks(folder: Path) -> dict[str, Any]:
     from isthmus.training.comm import TorchComm
 
-    return {**train(folder, TorchComm()), "gather": {full: gather_gradient(full) for full in (False, True)}}
+    gather = {full: gather_gradient(full) for full in (False, True)}
+    return {**train(folder, TorchComm()), "gather": gather, "own rows": gather_gradient(True, own_rows=True)}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def unit(seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def gather_gradient(full: bool) -> torch.Tensor:
+def gather_gradient(full: bool, own_rows: bool = False) -> torch.Tensor:
     from isthmus.training.comm import TorchComm
 
     comm = TorchComm()
@@ -107,7 +113,7 @@ def gather_gradient(full: bool) -> torch.Tensor:
     mine = slice(comm.rank * 3, comm.rank * 3 + 3)
     own = image[mine].clone().requires_grad_()
     valid = torch.ones(3, dtype=torch.bool)
-    loss = contrast(own, text[mine, 0], torch.tensor([0.1]), valid, comm, full_gradient=full).loss
+    loss = contrast(own, text[mine, 0], torch.tensor([0.1]), valid, comm, full_gradient=full, own_rows=own_rows).loss
     loss.backward()
     return own.grad / comm.world_size
 
@@ -122,3 +128,16 @@ def test_full_gather_is_autograd_of_the_global_batch_and_detached_is_not(results
     torch.testing.assert_close(full, image.grad, rtol=0, atol=1e-6)
     detached = torch.cat([rank["gather"][False] for rank in results[1]])
     assert not torch.allclose(detached, image.grad, atol=1e-3)
+
+
+def test_contrast_over_own_rows_is_autograd_of_each_ranks_batch(results: Results) -> None:
+    image, text = unit(0), unit(1)
+    image.requires_grad_()
+    cross_entropy, target = torch.nn.functional.cross_entropy, torch.arange(3)
+    losses = []
+    for mine in (slice(0, 3), slice(3, 6)):
+        sims = torch.einsum("iqe,je->ijq", image[mine], text[mine, 0]).amax(-1) / 0.1
+        losses.append((cross_entropy(sims, target) + cross_entropy(sims.T, target)) / 2)
+    torch.stack(losses).mean().backward()
+    found = torch.cat([rank["own rows"] for rank in results[1]])
+    torch.testing.assert_close(found, image.grad, rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ from isthmus.methods import METHODS
 from isthmus.models.freezing import owned_parameters, state_digest
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
-from method_cases import QFORMER, recipe
+from method_cases import dropped, recipe
 
 pytestmark = pytest.mark.timeout(600)
 LR = {"blip2_stage2": 5e-4}  # its small random language model is steep: larger steps blow up rounding
@@ -38,8 +38,7 @@ class Silent:
 
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
-    dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
-    config = recipe(method, Path(root), **dropped)
+    config = recipe(method, Path(root), **dropped(method))
     return RunConfig.model_validate(
         {
             "name": f"{method}-{stage}",
@@ -142,6 +141,8 @@ def test_norms_by_part_make_up_the_global_norm(method: str, made: Made) -> None:
             assert norms == pytest.approx({k: plain[row["step"]][k] for k in norms}, rel=1e-3, abs=1e-6), stage
             assert norms["grad_norm/frozen"] == 0.0
     named = {"blip2_stage1": "qformer.cross", "blip2_stage2": "projection", "projector": "image_projector.tokens"}
+    named["co_optimise"] = "second_asks"
+    named["guided"] = "streams.image"
     assert plain[1][f"grad_norm/{named[method]}"] > 0
 
 

@@ -91,6 +91,7 @@ def test_starting_imports_nothing_heavy() -> None:
     [
         *(("demo",), ("plan",), ("train",), ("run",), ("evaluate",), ("caption",), ("embed",), ("serve",), ("doctor",)),
         *(("data", "fetch"), ("data", "index"), ("data", "check"), ("data", "stats"), ("data", "cache")),
+        *(("data", "prototypes"), ("data", "curate"), ("align", "select")),
         *(("model", "list"), ("model", "show"), ("model", "promote")),
     ],
 )

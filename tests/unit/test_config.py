@@ -16,6 +16,7 @@ from isthmus.config import (
     EvaluateConfig,
     MethodConfig,
     RunConfig,
+    SelectConfig,
     VisionConfig,
     load_config,
     load_run,
@@ -64,6 +65,8 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
         assert load_config(ServeConfig, path).models
     elif "tasks" in keys:
         assert load_config(EvaluateConfig, path).tasks
+    elif {"vision", "text"} <= keys:
+        assert load_config(SelectConfig, path).text
     else:
         assert load_config(CaptionConfig, path).model
 

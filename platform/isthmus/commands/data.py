@@ -1,9 +1,9 @@
-"""``isthmus data``: bring, index, check, count and encode image-text data."""
+"""``isthmus data``: bring, index, check, count, encode and curate image-text data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,12 +12,12 @@ from isthmus.commands.shell import USAGE, plain, show
 from isthmus.errors import ConfigError
 from isthmus.ray_session import ray_session
 
-app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count and encode image-text data.")
+app = typer.Typer(no_args_is_help=True, help="Bring, index, check, count, encode and curate image-text data.")
 
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all")] = "all",
+    name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all; sounds; clips")] = "all",
     out: Annotated[str, typer.Option(help="Folder or URL; gets train/ and heldout/.")] = "data/demo",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
     heldout: Annotated[int, typer.Option(min=0, help="Pairs kept apart for evaluation.")] = 600,
@@ -31,6 +31,8 @@ def fetch(
       $ isthmus data fetch emoji --out data/emoji
       $ isthmus data fetch all --out s3://bucket/demo --parquet
       $ isthmus data fetch --synthetic --limit 500 --out data/shapes
+      $ isthmus data fetch sounds --out data/sounds
+      $ isthmus data fetch clips --out data/clips
     """
     from isthmus.data.sources import fetch as work
 
@@ -162,14 +164,74 @@ def cache(
     from isthmus.config import VisionConfig, load_config, read_yaml
 
     values: dict[str, object] = {}
+    clips = None
     if recipe is not None:
         method = read_yaml(recipe).get("method")
         if not isinstance(method, dict) or not isinstance(method.get("vision"), dict):
             raise ConfigError(f"{recipe} has no 'method.vision' section.", "Name a training recipe, or give key=value.")
         values = dict(method["vision"])
+        clips = _clips(method)
     _, given = recipes.split(overrides or [])
     vision = load_config(VisionConfig, None, given, values=values)
     from isthmus.data.features import build_cache
 
     with ray_session(actors):
-        show(build_cache(data, out, vision, actors=actors, batch=batch))
+        show(build_cache(data, out, vision, actors=actors, batch=batch, clips=clips))
+
+
+def _clips(method: dict[str, Any]) -> Any:
+    """How the recipe of a method that hears cuts up its samples; None of others."""
+    if method.get("modality", "image-text") == "image-text":
+        return None
+    from isthmus.config import VisionConfig
+    from isthmus.methods.co_optimise_config import CoOptimiseConfig
+    from isthmus.methods.heard import clip_transform_of
+    from isthmus.models.vision import describe_vision
+
+    config = CoOptimiseConfig.model_validate(method)
+    return clip_transform_of(config, describe_vision(VisionConfig.model_validate(method["vision"])).transform)
+
+
+Words = Annotated[list[str], typer.Argument(metavar="[RECIPE] [KEY=VALUE]", show_default=False)]
+
+
+@app.command()
+def prototypes(words: Words) -> None:
+    """Write one vector for each class: of prompts with its name, or of images that are labelled with it.
+
+    Examples:
+      $ isthmus data prototypes out=runs/classes.parquet text=pkg:all-minilm-l6-v2 classes='[cat, dog, house]'
+      $ isthmus data prototypes out=runs/classes.parquet model=models:/demo-projector@candidate class_file=names.txt
+      $ isthmus data prototypes out=runs/classes.parquet vectors=runs/labelled-vectors data=s3://bucket/labelled
+    """
+    from isthmus.config import PrototypesConfig
+
+    config = recipes.load(PrototypesConfig, words)
+    from isthmus.alignment.prototypes import prototypes as work
+
+    show(work(config))
+
+
+@app.command()
+def curate(words: Words) -> None:
+    """Choose samples by concept: of each class the best, rare classes first, each sample once. Run again to resume.
+
+    The choice is a data set for data.train, over the same shards; its report is in curation.json and curation.html.
+
+    Examples:
+      $ isthmus data curate data=data/demo/train out=data/curated prototypes=runs/classes.parquet \\
+          text=pkg:all-minilm-l6-v2 per_class=50 top=500
+      $ isthmus data curate data=s3://bucket/lake out=s3://bucket/curated prototypes=s3://bucket/classes.parquet \\
+          vectors=s3://bucket/vectors actors=32
+    """
+    from isthmus.config import CurateConfig
+
+    config = recipes.load(CurateConfig, words)
+    from isthmus.alignment.curate import curate as work
+    from isthmus.pipeline.alignment import write_curation_page
+
+    with ray_session(config.actors * config.cpus_per_actor):
+        report = work(config)
+    page = write_curation_page(report)
+    title = f"Chosen: {report.chosen} of {report.samples} samples, for {report.full + report.short} classes."
+    show({**plain(report), "page": page}, title=title)

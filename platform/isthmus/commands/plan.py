@@ -86,7 +86,7 @@ def plan(
     )  # fmt: skip
     device = found or _probed(subject, images, nodes * gpus_per_node)
     if mfu is not None:
-        device = replace(device, elementwise=0.0)  # the share that is given covers it
+        device = replace(device, elementwise=0.0, timed={})  # the share that is given covers it
     if network_gbps is not None:
         device = replace(device, network=network_gbps / 8 * 1e9)
     wishes = Wishes(
@@ -101,10 +101,18 @@ def plan(
 
 
 def _probed(subject: Subject, images: int, workers: int) -> Gpu:
+    from dataclasses import replace
+
     from isthmus.planning.compute import Flops
     from isthmus.planning.hardware import CPU, Gpu, probe_cpu
     from isthmus.planning.plan import resolve_precision
 
-    unknown = Gpu(CPU, 0, 0, 0, 0, 0, 0, "")
-    products = sum(subject.flops(images, workers).values(), Flops()).products
-    return probe_cpu(products, resolve_precision(subject.run.train.precision, unknown))
+    precision = resolve_precision(subject.run.train.precision, Gpu(CPU, 0, 0, 0, 0, 0, 0, ""))
+    flops = subject.flops(images, workers)
+    timed: dict[str, float] = {}
+    if subject.language is not None:
+        from isthmus.planning.trial import NAME, trial_of
+
+        timed[NAME] = trial_of(subject, images, bf16=precision == "bf16").seconds() * subject.parts(images)
+    products = sum((part for name, part in flops.items() if name not in timed), Flops()).products
+    return replace(probe_cpu(products, precision), timed=timed)

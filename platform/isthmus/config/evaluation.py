@@ -121,7 +121,11 @@ class EvaluateConfig(Config):
     cache: MaybeSource = None
     tasks: tuple[Task, ...] = ("retrieval",)
     captions: MaybeSource = Field(None, description="score these bulk captions instead of generating")
-    rerank: Annotated[int, Field(ge=0)] = Field(0, description="re-rank the best k by ITM; 0 is off, LAVIS takes 128")
+    rerank: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0,
+        description="re-rank the best k by ITM; 0 is off, LAVIS takes 128; all: every pair, for small sets and for "
+        "models that have no contrast",
+    )
     limit: Positive | None = None
     batch: Positive = 64
     workers: Annotated[int, Field(ge=0)] = Field(

@@ -110,6 +110,40 @@ class QFormerConfig(Config):
     )
 
 
+class TowerConfig(Config):
+    """The trained vision transformer that can drop tokens, on top of the frozen image encoder."""
+
+    start: Literal["new", "vision"] = Field(
+        "new",
+        description="new: randomly started layers on the frozen encoder's tokens, of the sizes below; vision: the "
+        "layers of method.vision behind its 'layer', with that model's weights and sizes",
+    )
+    layers: Positive = 4
+    width: Positive = 384
+    heads: Positive = 6
+    feed_forward: Positive = 1536
+    class_token: bool = Field(
+        True, description="new: a class token in front; else the tokens' mean stands for the image"
+    )
+    dropout: Fraction = Field(0.1, description="new: of the embedded tokens")
+
+
+class FusionConfig(Config):
+    """A BERT cut in two: layers that read the text, and layers that fuse it with the image."""
+
+    text_layers: Positive = 3
+    fusion_layers: Positive = 3
+    width: Positive = 384
+    heads: Positive = 12
+    feed_forward: Positive = 1536
+    dropout: Fraction = 0.1
+    embed: Positive = Field(256, description="width of the shared image-text space, for wholes and for tokens")
+    text_pool: Literal["first", "mean"] = Field(
+        "first", description="what stands for a text: its [CLS] token (ALBEF), or the mean of its tokens"
+    )
+    init: Literal["text"] | None = Field("text", description="'text': the layers of the text weights; null: random")
+
+
 class DataConfig(Config):
     """Where the image-text pairs are and how images reach the trainer."""
 

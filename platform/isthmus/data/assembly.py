@@ -23,8 +23,8 @@ from isthmus import storage
 from isthmus.data import pages
 from isthmus.data.listing import TABLE_FILE
 from isthmus.data.pages import PAGES_FILE, PageWriter
-from isthmus.data.records import IMAGE_ID_COLUMN, SCHEMA, URI
-from isthmus.data.rows import count_captioned, image_ids
+from isthmus.data.records import HEARD_SCHEMA, IMAGE_ID_COLUMN, SCHEMA, URI
+from isthmus.data.rows import count_captioned, image_ids, integers
 
 PAGED_FROM = 1 << 20
 """More rows than this are written in pages too."""
@@ -32,12 +32,16 @@ PAGED_FROM = 1 << 20
 GROUP_ROWS = 1 << 17
 """Rows of a row group of the table, and rows that are written together."""
 
-_TEXTS = ("image_ext", "text_ext")
+_TEXTS = ("image_ext", "text_ext", "audio_ext")
 _ENCODINGS = {
     "id": "PLAIN",
     "image_id": "PLAIN",
     "key": "DELTA_BYTE_ARRAY",
-    **{field.name: "DELTA_BINARY_PACKED" for field in SCHEMA if field.name not in ("id", "image_id", "key", *_TEXTS)},
+    **{
+        field.name: "DELTA_BINARY_PACKED"
+        for field in HEARD_SCHEMA
+        if field.name not in ("id", "image_id", "key", *_TEXTS)
+    },
 }
 """Of a large table. Neighbours differ little: two fifths smaller than by zstd alone, and several times as fast
 to write."""
@@ -52,11 +56,12 @@ class Assembly:
         captioned: those with a caption.
         named_images: those that name their image's id.
         names_files: whether any names a file as its image.
+        sounds: those with a sound file.
     """
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self.rows = self.captioned = self.named_images = 0
+        self.rows = self.captioned = self.named_images = self.sounds = 0
         self.names_files = False
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
@@ -75,7 +80,7 @@ class Assembly:
         return self._files is not None
 
     def add(self, table: pa.Table, shard: int) -> None:
-        """Append the rows of shard number ``shard``, columns of :data:`SCHEMA`."""
+        """Append the rows of shard number ``shard``, columns of :func:`isthmus.data.records.schema_of`."""
         at = SCHEMA.get_field_index("shard")
         numbers = pa.repeat(pa.scalar(shard, pa.int32()), len(table))
         self.append(table.set_column(at, SCHEMA.field("shard"), numbers))
@@ -85,13 +90,22 @@ class Assembly:
         self.rows += len(table)
         self.captioned += count_captioned(table)
         self.named_images += len(table) - table[IMAGE_ID_COLUMN].null_count
+        if "audio_length" in table.column_names:
+            self.sounds += len(table) - table["audio_length"].null_count
         self.names_files = self.names_files or bool(pc.any(pc.equal(table["image_ext"], URI)).as_py())
         self._waiting.append(table)
         self._waiting_rows += len(table)
         if self._files is None and self.rows > PAGED_FROM:
-            self._files = _Files(self._root)
+            self._files = _Files(self._root, self._schema)
+        if self._files is not None and self._files.schema != self._schema:
+            self._files = self._files.widened(self._root, self._schema)
         if self._files is not None and self._waiting_rows >= GROUP_ROWS:
             self._flush(self._waiting_rows // GROUP_ROWS * GROUP_ROWS)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        """Columns for sounds are written only where there are any: they would take room in every page."""
+        return HEARD_SCHEMA if self.sounds else SCHEMA
 
     def complete(self) -> None:
         """Call it behind the last rows, before asking anything of them."""
@@ -99,11 +113,16 @@ class Assembly:
             self._flush(self._waiting_rows)
             self._files.table.close()
         else:  # in one piece, so that equal rows are equal bytes however they were come by
-            self._waiting = [pa.concat_tables([SCHEMA.empty_table(), *self._waiting]).combine_chunks()]
+            self._waiting = [self._joined()]
+
+    def _joined(self) -> pa.Table:
+        """What waits, as one table; columns that some of it lacks are null there."""
+        tables = [self._schema.empty_table(), *self._waiting]
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
     def column(self, name: str) -> Iterator[np.ndarray]:
-        """A column of integers without nulls, piece by piece."""
-        return (batch[name].to_numpy() for batch in self._batches([name]))
+        """A column of integers, nulls as -1, piece by piece."""
+        return (integers(batch[name]) for batch in self._batches([name]))
 
     def twins(self) -> list[dict[str, Any]]:
         """Shard and key of two rows of one id; none where all ids differ. Holds the ids of all rows in memory."""
@@ -144,7 +163,7 @@ class Assembly:
 
     def _flush(self, rows: int) -> None:
         assert self._files is not None
-        table = pa.concat_tables(self._waiting)
+        table = self._joined()
         for start in range(0, rows, GROUP_ROWS):
             self._files.write(table.slice(start, min(GROUP_ROWS, rows - start)).combine_chunks())
         rest = table.slice(rows)
@@ -161,15 +180,26 @@ class Assembly:
 class _Files:
     """The two files while they are being written."""
 
-    def __init__(self, root: str) -> None:
-        self.folder = _folder_for(root)
+    def __init__(self, root: str, schema: pa.Schema) -> None:
+        self.folder, self.schema = _folder_for(root), schema
         self.table_path, self.pages_path = self.folder / f".{TABLE_FILE}", self.folder / f".{PAGES_FILE}"
-        self.table = table_writer(self.table_path)
-        self.pages = PageWriter(self.pages_path, pages.PAGE_ROWS)
+        self.table = table_writer(self.table_path, schema)
+        self.pages = PageWriter(self.pages_path, pages.PAGE_ROWS, schema)
 
     def write(self, table: pa.Table) -> None:
         self.table.write_table(table, row_group_size=GROUP_ROWS)
         self.pages.write(table)
+
+    def widened(self, root: str, schema: pa.Schema) -> _Files:
+        """New files with more columns and the rows of these, which are removed."""
+        wider = _Files(root, schema)
+        self.table.close()
+        with pq.ParquetFile(self.table_path) as file:
+            for group in range(file.num_row_groups):
+                rows = [schema.empty_table(), file.read_row_group(group)]
+                wider.write(pa.concat_tables(rows, promote_options="default").combine_chunks())
+        self.remove()
+        return wider
 
     def remove(self) -> None:
         self.table.close()
@@ -177,10 +207,15 @@ class _Files:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def table_writer(path: Path) -> pq.ParquetWriter:
+def table_writer(path: Path, schema: pa.Schema = SCHEMA) -> pq.ParquetWriter:
     """A writer of a large ``manifest.parquet``."""
+    names = set(schema.names)
     return pq.ParquetWriter(
-        path, SCHEMA, compression="zstd", use_dictionary=list(_TEXTS), column_encoding=dict(_ENCODINGS)
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=[name for name in _TEXTS if name in names],
+        column_encoding={name: encoding for name, encoding in _ENCODINGS.items() if name in names},
     )
 
 

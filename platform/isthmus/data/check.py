@@ -1,16 +1,16 @@
-"""Is a shard still what was indexed, and does every image of it decode?"""
+"""Is a shard still what was indexed, and does every image, clip and sound of it decode?"""
 
 from __future__ import annotations
 
 import functools
 
 from isthmus import storage
+from isthmus.data.clips import faults_of
 from isthmus.data.manifest import Manifest
 from isthmus.data.ranges import open_range
-from isthmus.data.readers import Failure, RawSample, failure_of, read_rows
+from isthmus.data.readers import RawSample, failure_of, read_rows
 from isthmus.data.records import Problem
 from isthmus.data.scan import scan_shard
-from isthmus.data.transforms import DecodeError, decode_image
 from isthmus.errors import DataError
 
 
@@ -38,15 +38,12 @@ def check_shard(url: str, digest: str, number: int) -> list[Problem]:
             0, Problem(shard.name, 0, "", f"the content has changed ({scan.size} bytes, {shard.size} indexed)")
         )
     rows = manifest.rows_of(number)
-    for row, sample in zip(rows, read_rows(manifest, rows), strict=True):
-        failure = sample if isinstance(sample, Failure) else None
+    for row, sample in zip(rows, read_rows(manifest, rows, sounds=True), strict=True):
         if isinstance(sample, RawSample):
-            try:
-                decode_image(sample.image)
-            except DecodeError as error:
-                failure = failure_of(manifest, row, error.reason)
-        if failure is not None:
-            problems.append(Problem(shard.name, failure.offset, failure.key, failure.reason))
+            failures = [failure_of(manifest, row, reason) for reason in faults_of(sample)]
+        else:
+            failures = [sample]
+        problems += [Problem(shard.name, failure.offset, failure.key, failure.reason) for failure in failures]
     return problems
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from isthmus import storage
 from isthmus.config import VisionConfig
 from isthmus.contracts import Sample
+from isthmus.data.clips import ClipTransform
 from isthmus.data.features import HEADER, PLAN, CacheMeta, CacheReport, part_bytes, part_name, read_meta
 from isthmus.data.local import cached_manifest
 from isthmus.data.manifest import Manifest
@@ -54,6 +55,7 @@ class Task:
     vision: VisionConfig
     batch: int
     dtype: str
+    clips: ClipTransform | None = None
 
 
 class Encoder:
@@ -70,14 +72,17 @@ class Encoder:
         self._task = task
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder = build_vision(task.vision).to(self._device).eval()
+        clips = task.clips
+        self._transform: Any = replace(clips, image=self._encoder.transform) if clips else self._encoder.transform
 
     def facts(self) -> dict[str, Any]:
         """The encoder's digests and shape."""
-        encoder = self._encoder
+        encoder, clips = self._encoder, self._task.clips
         return {
             "encoder_digest": encoder.base.digest,
-            "transform_digest": encoder.transform.digest,
-            "tokens": int(encoder.tokens),
+            "transform_digest": self._transform.digest,
+            "tokens": clips.frames if clips and clips.modality == "video-audio" else int(encoder.tokens),
+            "sound": list(clips.sound_shape) if clips else None,
             "width": int(encoder.width),
         }
 
@@ -89,9 +94,7 @@ class Encoder:
         samples: list[Sample] = []
         failed: list[Failure] = []
         features: list[np.ndarray] = []
-        groups = iter_samples(
-            manifest, transform=self._encoder.transform, rows=range(first, last), batch=self._task.batch
-        )
+        groups = iter_samples(manifest, transform=self._transform, rows=range(first, last), batch=self._task.batch)
         for group in groups:
             good = [item for item in group if isinstance(item, Sample)]
             failed += [item for item in group if isinstance(item, Failure)]
@@ -104,9 +107,11 @@ class Encoder:
     def _forward(self, samples: Sequence[Sample]) -> np.ndarray:
         import torch
 
+        from isthmus.models.vision import encode_pixels
+
         pixels_BCHW = torch.from_numpy(np.stack([np.asarray(sample.pixels_CHW) for sample in samples]))
         with torch.inference_mode():
-            features_BND = self._encoder(pixels_BCHW.to(self._device)).float().cpu().numpy()
+            features_BND = encode_pixels(self._encoder, pixels_BCHW.to(self._device)).float().cpu().numpy()
         with np.errstate(over="ignore"):  # reported below, with the images' name
             out = features_BND.astype(self._task.dtype)
         if not np.isfinite(out).all():
@@ -129,19 +134,29 @@ def write_part(out: str, number: int, data: bytes, rows: int, failed: Sequence[F
     return commit
 
 
-def build(data_url: str, out: str, vision: VisionConfig, *, actors: int, batch: int, dtype: str) -> CacheReport:
+def build(
+    data_url: str,
+    out: str,
+    vision: VisionConfig,
+    *,
+    actors: int,
+    batch: int,
+    dtype: str,
+    clips: ClipTransform | None = None,
+) -> CacheReport:
     """See :func:`isthmus.data.features.build_cache`."""
     if dtype not in ("float16", "float32"):
         raise DataError(f"A feature cache of dtype '{dtype}' cannot be written.", "Choose float16 or float32.")
     started = time.perf_counter()
     manifest = Manifest.load(data_url)
-    if (done := _finished(out, manifest, vision, dtype)) is not None:
+    if (done := _finished(out, manifest, vision, dtype, clips)) is not None:
         return _report(out, done, reused=done.parts, seconds=0.0, encoded=0)
     storage.ensure_writable(out)
-    task = Task(data_url, manifest.digest, out, vision, batch, dtype)
+    task = Task(data_url, manifest.digest, out, vision, batch, dtype, clips)
     with _pool(task, actors, -(-len(manifest) // 32)) as pool:
         facts = pool.facts()
-        chunk = _chunk_rows(facts["tokens"] * facts["width"] * np.dtype(dtype).itemsize)
+        values = facts["tokens"] * facts["width"] + int(np.prod(facts["sound"] or 0))
+        chunk = _chunk_rows(values * np.dtype(dtype).itemsize)
         meta = CacheMeta(
             data=data_url,
             manifest_digest=manifest.digest,
@@ -177,7 +192,9 @@ def _report(out: str, meta: CacheMeta, *, reused: int, seconds: float, encoded: 
     )
 
 
-def _finished(out: str, manifest: Manifest, vision: VisionConfig, dtype: str) -> CacheMeta | None:
+def _finished(
+    out: str, manifest: Manifest, vision: VisionConfig, dtype: str, clips: ClipTransform | None
+) -> CacheMeta | None:
     """The cache that is asked for, if it is finished. Weights that are a local file may have changed: those are
     loaded and their digest compared instead."""
     if not storage.exists(storage.join(out, HEADER)):
@@ -188,6 +205,8 @@ def _finished(out: str, manifest: Manifest, vision: VisionConfig, dtype: str) ->
             f"{out} holds features of another data set than {manifest.root} is now.",
             "Give another folder, or delete this one.",
         )
+    if clips is not None or meta.sound is not None:  # how a sample is cut up is known once the encoder is
+        return None
     pinned = vision.weights in ("random", "timm") or vision.weights.startswith("pkg:")
     same = _completed(meta.vision) == vision.model_dump(mode="json") and meta.dtype == dtype
     return meta if same and pinned else None

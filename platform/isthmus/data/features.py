@@ -3,7 +3,8 @@
 Layout below the cache's URL::
 
     plan.json            what is being encoded by what; a folder with another plan is refused
-    parts/part-00007.arrow   Arrow IPC, uncompressed: id, key, captions, features (fixed-size list of N*D)
+    parts/part-00007.arrow   Arrow IPC, uncompressed: id, key, captions, features (fixed-size list of N*D); where the
+                         recipe hears, audio and audio_mask (fixed-size lists of Na*P and Na)
     parts/part-00007.json    commit record, written after the part: rows, bytes, sha256, failures
     cache.json           written last: the plan, the commit records' sum, the quarantined samples
 
@@ -29,6 +30,7 @@ import pyarrow as pa
 from isthmus import storage
 from isthmus.config import VisionConfig
 from isthmus.contracts import Sample
+from isthmus.data.clips import ClipTransform
 from isthmus.data.readers import Failure
 from isthmus.errors import DataError
 
@@ -49,6 +51,8 @@ class CacheMeta:
         rows: samples with features.
         parts: number of parts.
         failed: the samples that could not be decoded.
+        sound: shape [Na, P] of the sounds' patches, or None where images alone were encoded. ``features`` of clips are
+            of frames at their usual times; nothing of a cache is drawn anew in each epoch.
     """
 
     data: str
@@ -65,6 +69,7 @@ class CacheMeta:
     failed: tuple[Failure, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
+    sound: Sequence[int] | None = None
 
     def plan(self) -> dict[str, Any]:
         """The part that decides the features' bytes; the place of the data is not among it."""
@@ -115,6 +120,7 @@ def part_bytes(samples: Sequence[Sample], features_BND: np.ndarray) -> bytes:
         "key": pa.array([s.key for s in samples], pa.string()),
         "captions": pa.array([list(s.captions) for s in samples], pa.list_(pa.string())),
         "features": pa.FixedSizeListArray.from_arrays(pa.array(flat), width),
+        **_sound_columns(samples, features_BND.dtype),
     }
     table = pa.table(columns)
     sink = pa.BufferOutputStream()
@@ -123,21 +129,40 @@ def part_bytes(samples: Sequence[Sample], features_BND: np.ndarray) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _sound_columns(samples: Sequence[Sample], dtype: Any) -> dict[str, pa.Array]:
+    if not samples or samples[0].audio_NF is None:
+        return {}
+    made = {"audio": [s.audio_NF for s in samples], "audio_mask": [s.audio_mask_N for s in samples]}
+    out = {}
+    for name, arrays in made.items():
+        whole = np.stack([np.asarray(array) for array in arrays])
+        flat = whole.reshape(-1).astype(dtype if name == "audio" else np.uint8)
+        out[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), whole[0].size)
+    return out
+
+
 class _Part:
     """A memory-mapped part."""
 
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int], sound: Sequence[int] | None = None) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.ids = self.table["id"].to_numpy()
         # written as one batch, so the one chunk is the file's own bytes and nothing is copied here
-        self.features_BND = (
-            self.table["features"].chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(len(self.ids), *shape)
-        )
+        self.features_BND = self._column("features", shape)
+        self._audio_BNF = self._column("audio", sound) if sound else None
+        self._mask_BN = self._column("audio_mask", sound[:1]) if sound else None
+
+    def _column(self, name: str, shape: Sequence[int]) -> np.ndarray:
+        flat: np.ndarray = self.table[name].chunk(0).flatten().to_numpy(zero_copy_only=True)
+        return flat.reshape(len(self.ids), *shape)
 
     def sample(self, row: int) -> Sample:
         captions = tuple(self.table["captions"][row].as_py())
         key = self.table["key"][row].as_py()
-        return Sample(int(self.ids[row]), key, captions, features_ND=self.features_BND[row])
+        sound: dict[str, Any] = {}
+        if self._audio_BNF is not None and self._mask_BN is not None:
+            sound = {"audio_NF": self._audio_BNF[row].astype(np.float32), "audio_mask_N": self._mask_BN[row] > 0}
+        return Sample(int(self.ids[row]), key, captions, features_ND=self.features_BND[row], **sound)
 
 
 class FeatureCache:
@@ -152,7 +177,7 @@ class FeatureCache:
         self.url, self.meta = url, meta
         shape = (meta.tokens, meta.width)
         paths = [folder / f"{part_name(number)}.arrow" for number in range(meta.parts)]
-        self._parts = [_Part(path, shape) for path in paths if path.exists()]
+        self._parts = [_Part(path, shape, meta.sound) for path in paths if path.exists()]
         if sum(len(part.ids) for part in self._parts) != meta.rows:
             raise DataError(f"Parts of the feature cache {url} are missing.", "Run `isthmus data cache` again.")
         self.ids = np.concatenate([part.ids for part in self._parts]) if self._parts else np.zeros(0, np.int64)
@@ -162,22 +187,23 @@ class FeatureCache:
         self._keys = self.ids[self._sorted]
 
     @classmethod
-    def open(cls, url: str, *, expect: Mapping[str, str] | None = None) -> FeatureCache:
+    def open(cls, url: str, *, expect: Mapping[str, str | tuple[str, ...]] | None = None) -> FeatureCache:
         """Open the cache at ``url``; one that is not on this machine is copied to a scratch folder first.
 
         Args:
-            expect: values that the meta data must have, among ``manifest_digest``, ``encoder_digest`` and
-                ``transform_digest``.
+            expect: values that the meta data must have, or several of which it must have one, among
+                ``manifest_digest``, ``encoder_digest`` and ``transform_digest``.
 
         Raises:
             DataError: unfinished, damaged, or not of the data or encoder that ``expect`` names.
         """
         meta = read_meta(url)
         for name, wanted in (expect or {}).items():
-            if (held := getattr(meta, name)) != wanted:
+            known = (wanted,) if isinstance(wanted, str) else wanted
+            if (held := getattr(meta, name)) not in known:
                 what = name.removesuffix("_digest")
                 raise DataError(
-                    f"The feature cache {url} was made with another {what} ({held[:12]}, expected {wanted[:12]}).",
+                    f"The feature cache {url} was made with another {what} ({held[:12]}, expected {known[0][:12]}).",
                     "Build a cache for this one in another folder with `isthmus data cache`.",
                 )
         folder = storage.local_path(url) if storage.is_local(url) else _copied(url, meta)
@@ -254,7 +280,7 @@ def check_alike(caches: Mapping[str, CacheMeta]) -> None:
     """
     (first, known), *rest = caches.items()
     for url, meta in rest:
-        for name in ("encoder_digest", "transform_digest", "tokens", "width", "dtype"):
+        for name in ("encoder_digest", "transform_digest", "tokens", "width", "dtype", "sound"):
             if getattr(meta, name) != getattr(known, name):
                 raise DataError(
                     f"The feature caches {first} and {url} do not go together: their {name.replace('_', ' ')} is "
@@ -293,6 +319,7 @@ def build_cache(
     actors: int = 2,
     batch: int = 32,
     dtype: str = "float16",
+    clips: ClipTransform | None = None,
 ) -> CacheReport:
     """Encode every image of an indexed data set once, with Ray actors where Ray runs, else in this process.
 
@@ -306,6 +333,7 @@ def build_cache(
             hundred images is done before an actor has started.
         batch: images per forward pass.
         dtype: ``float16`` or ``float32``.
+        clips: encode frames of clips (or images), and keep their sounds' patches beside them.
 
     Raises:
         DataError: ``out`` holds another plan's cache, no image could be encoded, or features are not finite.
@@ -313,4 +341,4 @@ def build_cache(
     """
     from isthmus.data.encode import build
 
-    return build(data_url, out, vision, actors=actors, batch=batch, dtype=dtype)
+    return build(data_url, out, vision, actors=actors, batch=batch, dtype=dtype, clips=clips)

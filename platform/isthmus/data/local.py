@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from isthmus.contracts import Batch, Collate, Sample
+from isthmus.data.clips import ClipTransform
 from isthmus.data.manifest import Manifest
 from isthmus.data.order import PADDING, SampleOrder, mix
-from isthmus.data.pixels import TrainingPixels
+from isthmus.data.pixels import BatchMemory, TrainingPixels
 from isthmus.data.ranges import retries
 from isthmus.data.readers import Failure, RawSample, failure_of
 from isthmus.data.sets import Named, Sets
@@ -60,7 +61,8 @@ class Plan:
         data: URLs of the indexed folders and the digests that their manifests must have.
         order, rank, world: whose rows.
         seed: of the augmentation.
-        augment: (PIL image, seed) -> float32 [3, H, W], or uint8 [H, W, 3] where ``pixels`` is given.
+        augment: (PIL image, seed) -> float32 [3, H, W], or uint8 [H, W, 3] where ``pixels`` is given; or a
+            :class:`ClipTransform`, which takes a whole sample.
         size: pixels of the augmented image, which lets JPEGs be decoded at a fraction of their size.
         environment: variables to lay over the process's own.
         deadly: manifest rows that are not decoded, since that ends the process.
@@ -72,7 +74,7 @@ class Plan:
     rank: int
     world: int
     seed: int
-    augment: Callable[[Any, int], np.ndarray]
+    augment: Callable[[Any, int], np.ndarray] | ClipTransform
     size: int
     environment: Mapping[str, str] = field(default_factory=dict)
     deadly: frozenset[int] = frozenset()
@@ -92,14 +94,15 @@ class Plan:
         order in which they lie in the shards: the rows of a span of :class:`Order` are neighbours there."""
         sets = self.sets()
         numbers_SB = np.stack([self.order.local(step, self.rank, self.world) for step in steps])
-        sizes_S = sets.image_bytes(numbers_SB).sum(1)
+        sounds = isinstance(self.augment, ClipTransform)
+        sizes_S = sets.image_bytes(numbers_SB, sounds=sounds).sum(1)
         together_S = np.cumsum(sizes_S) // READ_BYTES
         for group in np.unique(together_S):
             some = np.flatnonzero(together_S == group)
             numbers = numbers_SB[some]
             wanted, times = np.unique(numbers[numbers != PADDING], return_counts=True)
             before = int(retries)
-            found = _Shelf(wanted, sets.read(wanted), times)
+            found = _Shelf(wanted, sets.read(wanted, sounds=sounds), times)
             again = int(retries) - before
             for step, row in zip(some.tolist(), numbers.tolist(), strict=True):
                 yield RawRows(steps[step], tuple(found.take(n) if n != PADDING else None for n in row), again)
@@ -118,16 +121,16 @@ class Plan:
                 rows.append(failure_of(*sets.place(number), "decoding it ended the process that did it", data))
             else:
                 seed = mix(self.seed, sets.unique_id(number, stored.id), visit)
-                augment = functools.partial(_augment, self.augment, seed)
-                rows.append(to_sample(*sets.place(number), stored, augment, self.size))
+                rows.append(to_sample(*sets.place(number), stored, _Seeded(self.augment, seed), self.size))
         return LocalRows(raw.step, tuple(rows), retries=raw.retries)
 
-    def finish(self, local: LocalRows) -> LocalRows:
-        """What was decoded, with the pixels that the model takes: float32 [3, H, W], rows of one array."""
+    def finish(self, local: LocalRows, memory: BatchMemory | None = None) -> LocalRows:
+        """What was decoded, with the pixels that the model takes: float32 [3, H, W], rows of one array, in ``memory``
+        where that is given."""
         if self.pixels is None:
             return local
         uint8 = [row.pixels_CHW for row in local.rows if isinstance(row, Sample)]
-        finished = iter(self.pixels.finish(uint8))
+        finished = iter(self.pixels.finish(uint8, memory))
         rows = (replace(row, pixels_CHW=next(finished)) if isinstance(row, Sample) else row for row in local.rows)
         return replace(local, rows=tuple(rows))
 
@@ -163,15 +166,19 @@ class Unaugmented:
         return self.transform(image)
 
 
-def _augment(augment: Callable[[Any, int], np.ndarray], seed: int, image: Any) -> np.ndarray:
-    return augment(image, seed)
+@dataclass(frozen=True)
+class _Seeded:
+    """An augmentation with its seed."""
+
+    augment: Callable[[Any, int], np.ndarray] | ClipTransform
+    seed: int
 
 
 def to_sample(
     manifest: Manifest,
     row: int,
     raw: RawSample | Failure,
-    transform: Callable[[Any], np.ndarray] | None,
+    transform: Callable[[Any], np.ndarray] | ClipTransform | _Seeded | None,
     size: int | None,
 ) -> Sample | Failure:
     """A stored sample decoded and transformed, or why that failed. ``transform`` None leaves the image alone."""
@@ -179,8 +186,12 @@ def to_sample(
         return raw
     if transform is None:
         return Sample(raw.id, raw.key, raw.captions)
+    make, *seed = (transform.augment, transform.seed) if isinstance(transform, _Seeded) else (transform,)
     try:
-        return Sample(raw.id, raw.key, raw.captions, pixels_CHW=transform(decode_image(raw.image, at_least=size)))
+        if isinstance(make, ClipTransform):
+            return Sample(raw.id, raw.key, raw.captions, **make.arrays(raw, *seed))
+        pixels_CHW = make(decode_image(raw.image, at_least=size), *seed)
+        return Sample(raw.id, raw.key, raw.captions, pixels_CHW=pixels_CHW)
     except DecodeError as error:
         return failure_of(manifest, row, error.reason, raw.image)
 

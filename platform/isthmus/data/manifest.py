@@ -26,7 +26,7 @@ from isthmus.data.pages import PAGES_FILE, Pages
 from isthmus.data.parallel import map_ordered
 from isthmus.data.records import IMAGE_ID_COLUMN, Problem
 from isthmus.data.reuse import Before, Part, save_stamps, stamps_of
-from isthmus.data.rows import Rows, Whole, image_ids
+from isthmus.data.rows import Rows, Whole, image_ids, integers
 from isthmus.data.scan import scan_shard
 from isthmus.data.uris import store_of
 from isthmus.errors import DataError
@@ -58,6 +58,7 @@ class Manifest:
         shards: in the order that the column ``shard`` counts.
         rows: one per sample, columns of :data:`isthmus.data.records.SCHEMA`, ordered by (shard, offset).
         images_from: further places of images that tables name, beside the store that ``root`` is in.
+        subset_of: digest of the data set that these samples were chosen from, ids and all; "" where none was.
     """
 
     root: str
@@ -65,6 +66,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     rows: Rows
     images_from: tuple[str, ...] = ()
+    subset_of: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,6 +86,17 @@ class Manifest:
     def image_bytes_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """Sizes of the rows' encoded images, int64 [len(numbers)]; 0 where the index could not tell."""
         return np.maximum(self.rows.take(numbers, ["image_length"])["image_length"].to_numpy(), 0)
+
+    def sound_bytes_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Sizes of the rows' sound files, int64 [len(numbers)]; 0 where there is none."""
+        if not self.knows_sounds:
+            return np.zeros(len(numbers), np.int64)
+        return np.maximum(integers(self.rows.take(numbers, ["audio_length"])["audio_length"]), 0)
+
+    @property
+    def knows_sounds(self) -> bool:
+        """Whether it was written with the places of sound files. Older ones were not."""
+        return "audio_length" in self.rows.column_names
 
     @property
     def _image_columns(self) -> list[str]:
@@ -136,6 +149,11 @@ class Manifest:
         """Samples that have a caption."""
         return self.rows.captioned
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the data sets whose feature caches hold its samples: its own, and of what it is a subset of."""
+        return (self.digest, self.subset_of) if self.subset_of else (self.digest,)
+
     def url(self, shard: int) -> str:
         """The URL of shard number ``shard``."""
         return storage.join(self.root, self.shards[shard].name)
@@ -167,11 +185,14 @@ class Manifest:
             raise DataError(f"The manifest of {url} is damaged: {error}.", "Index the folder again.") from error
         if version != VERSION:
             raise DataError(f"The manifest of {url} has version {version}, not {VERSION}.", "Index the folder again.")
-        manifest = cls(url, header["digest"], shards, rows, tuple(header.get("images_from", ())))
+        origin = header.get("subset_of") or {}
+        manifest = cls(
+            url, header["digest"], shards, rows, tuple(header.get("images_from", ())), str(origin.get("digest", ""))
+        )
         # The digest is made of all rows; pages name the one that they belong to and need not be read for it.
         whole = isinstance(rows, Whole)
         if len(rows) != sum(shard.samples for shard in shards) or (
-            whole and digest_of(shards, lambda name: [rows.column(name)]) != manifest.digest
+            whole and digest_of(shards, lambda name: [rows.column(name)], _has_sounds(rows)) != manifest.digest
         ):
             raise DataError(
                 f"{HEADER_FILE} and {TABLE_FILE if whole else PAGES_FILE} of {url} do not belong together.",
@@ -282,9 +303,9 @@ def index(
                 else "Mend or remove these shards.",
             )
         _refuse_collisions(rows, shards)
-        digest = digest_of(shards, rows.column)
+        digest = digest_of(shards, rows.column, rows.sounds > 0)
         header = header_of(shards, rows.rows, digest, problems, more if rows.names_files else ())
-        _write(root, rows, header, settled, rules)
+        save_stamps(root, settled, rules, *write(root, rows, header))
     return IndexReport(
         rows.rows, len(shards), tuple(problems), digest, reused=len(kept), passed_over=len(found) - len(shards)
     )
@@ -316,21 +337,27 @@ def _rows(url: str, header: dict[str, Any]) -> Rows:
     return Whole(pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(url, TABLE_FILE)))))
 
 
+def _has_sounds(rows: Rows) -> bool:
+    return "audio_length" in rows.column_names and bool((rows.column("audio_length") >= 0).any())
+
+
 def _refuse_collisions(rows: Assembly, shards: Sequence[Shard]) -> None:
     if twins := rows.twins():
         names = [f"{shards[row['shard']].name}/{row['key']}" for row in twins]
         raise DataError(f"The samples {names[0]} and {names[1]} have the same id.", "Rename one of the shards.")
 
 
-def digest_of(shards: Sequence[Shard], column: Callable[[str], Iterable[np.ndarray]]) -> str:
+def digest_of(shards: Sequence[Shard], column: Callable[[str], Iterable[np.ndarray]], sounds: bool = False) -> str:
     """The digest of a manifest.
 
     Args:
         shards: all of them.
         column: the pieces of a column of the table, by its name.
+        sounds: whether any row has a sound file; the digest of other sets is what it was before there were any.
     """
     state = hashlib.sha256(json.dumps([VERSION, [asdict(shard) for shard in shards]]).encode())
-    for name in ("id", "image_offset", "image_length", "text_offset", "text_length", "row"):
+    names = ("id", "image_offset", "image_length", "text_offset", "text_length", "row")
+    for name in (*names, *(("audio_offset", "audio_length") if sounds else ())):
         for piece in column(name):
             state.update(np.ascontiguousarray(piece, dtype="<i8").data)
     return state.hexdigest()
@@ -356,7 +383,8 @@ def header_of(
     return header
 
 
-def _write(root: str, rows: Assembly, header: dict[str, Any], stamps: dict[str, str], rules: dict[str, Any]) -> None:
+def write(root: str, rows: Assembly, header: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Writes a complete manifest. Returns the bytes of its header, and of its table where that is not paged."""
     storage.make_dirs(root)
     # The header goes last and names the table's digest: a reader between the two writes is told, not misled.
     more, table_bytes = rows.write(header["digest"])
@@ -364,7 +392,7 @@ def _write(root: str, rows: Assembly, header: dict[str, Any], stamps: dict[str, 
     storage.write_bytes(storage.join(root, HEADER_FILE), header_bytes)
     if not more:
         storage.delete(storage.join(root, PAGES_FILE))  # of a time when there were more rows
-    save_stamps(root, stamps, rules, header_bytes, table_bytes)
+    return header_bytes, table_bytes
 
 
 def _first(problems: Sequence[Problem], count: int = 3) -> str:

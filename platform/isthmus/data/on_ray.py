@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from isthmus.contracts import Sample
 from isthmus.data.local import LocalRows, Plan, RawRows, Row, spans_of
+from isthmus.data.pixels import BatchMemory
 from isthmus.data.streamed import Encoding, StepEncoder
 from isthmus.errors import DataError, IsthmusError
 
@@ -159,13 +160,14 @@ def _pipeline(
             num_gpus=encoding.gpus,
             resources=dict(encoding.resources),
         )
+    memory = BatchMemory(2 * prefetch + 2)
     expected = iter(range(spans[0].start, spans[-1].stop))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch):
         for number in range(len(block["step"])):
             local = _unpacked({name: column[number] for name, column in block.items()})
             if local.step != next(expected, None):
                 raise DataError(f"Ray Data delivered step {local.step} out of order.", "Report this as a fault.")
-            yield local if local.encoder else plan.finish(local)
+            yield local if local.encoder else plan.finish(local, memory)
 
 
 def _stored(step: int, rest: Any) -> pa.Table:
@@ -189,10 +191,16 @@ def _packed(local: LocalRows) -> dict[str, Any]:
     """Pixels or features as one tensor, everything else pickled: what Ray moves through shared memory."""
     good = [row for row in local.rows if isinstance(row, Sample)]
     arrays = [np.asarray(row.features_ND if local.encoder else row.pixels_CHW) for row in good]
-    heads = [(row.id, row.key, row.captions) if isinstance(row, Sample) else row for row in local.rows]
+    heads = [_head(row) if isinstance(row, Sample) else row for row in local.rows]
     return _row(
         local.step, np.stack(arrays) if arrays else np.zeros(0, np.float32), (heads, local.encoder, local.retries)
     )
+
+
+def _head(row: Sample) -> dict[str, Any]:
+    """All of a sample but its pixels or features; a sound's patches are few beside those."""
+    sound = {} if row.audio_NF is None else {"audio_NF": row.audio_NF, "audio_mask_N": row.audio_mask_N}
+    return {"id": row.id, "key": row.key, "captions": row.captions, **sound}
 
 
 def _row(step: int, array: np.ndarray, rest: Any) -> dict[str, Any]:
@@ -207,5 +215,5 @@ def _unpacked(row: dict[str, Any]) -> LocalRows:
     heads, encoder, again = rest
     name = "features_ND" if encoder else "pixels_CHW"
     arrays = iter(np.asarray(row["array"]).reshape(tuple(row["shape"])))
-    rows: list[Row] = [Sample(*head, **{name: next(arrays)}) if isinstance(head, tuple) else head for head in heads]
+    rows: list[Row] = [Sample(**head, **{name: next(arrays)}) if isinstance(head, dict) else head for head in heads]
     return LocalRows(int(row["step"]), tuple(rows), encoder, again)

@@ -30,7 +30,8 @@ import numpy as np
 import pyarrow as pa
 
 from isthmus.data.ranges import RangeReader
-from isthmus.data.records import SCHEMA
+from isthmus.data.records import SCHEMA, schema_of
+from isthmus.data.rows import integers
 from isthmus.errors import DataError
 
 PAGES_FILE = "manifest.pages"
@@ -57,16 +58,17 @@ class PageWriter:
     Args:
         path: a local file.
         page_rows: rows of each page but the last.
+        schema: columns of the rows.
     """
 
-    def __init__(self, path: Path, page_rows: int = PAGE_ROWS) -> None:
-        self._file = path.open("wb")
+    def __init__(self, path: Path, page_rows: int = PAGE_ROWS, schema: pa.Schema = SCHEMA) -> None:
+        self._file, self._schema = path.open("wb"), schema
         self._page_rows, self._samples = page_rows, 0
         self._lengths: list[int] = []
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="pages")
 
     def write(self, table: pa.Table) -> None:
-        """Append rows of :data:`SCHEMA`. All but the last call give whole pages."""
+        """Append rows with the columns of ``schema``. All but the last call give whole pages."""
         if self._samples % self._page_rows:
             raise ValueError("only the last page may be short")
         batch = _as_differences(table, self._page_rows)
@@ -86,7 +88,7 @@ class PageWriter:
                 "digest": digest,
                 "samples": self._samples,
                 "page_rows": self._page_rows,
-                "columns": {field.name: str(field.type) for field in SCHEMA},
+                "columns": {field.name: str(field.type) for field in self._schema},
                 "index": [len(index), zlib.crc32(index)],
             }
         ).encode()
@@ -223,11 +225,11 @@ class Pages:
         return pa.Table.from_batches(self.batches(columns=columns), self._schema_of(columns))
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column of integers, in memory, [len]."""
+        """A whole column of integers, in memory, [len]; nulls are -1."""
         out = np.empty(self._samples, self.schema.field(name).type.to_pandas_dtype())
         at = 0
         for batch in self.batches(columns=[name]):
-            out[at : at + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
+            out[at : at + len(batch)] = integers(batch[name])
             at += len(batch)
         return out
 
@@ -316,8 +318,9 @@ def _as_differences(table: pa.Table, page_rows: int) -> pa.RecordBatch:
         steps = np.diff(values, prepend=0)
         steps[::page_rows] = values[::page_rows]
         table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), pa.array(steps))
-    batches = table.cast(SCHEMA).combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SCHEMA)
+    schema = schema_of(table.column_names)
+    batches = table.cast(schema).combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema)
 
 
 def _encoded(batch: pa.RecordBatch, page: int) -> bytes:

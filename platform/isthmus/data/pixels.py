@@ -5,6 +5,8 @@ Shape letters: B rows, C channels (3), H height, W width, S side of the square t
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +21,31 @@ from isthmus.data.transforms import Box, ImageTransform
 
 _TORCH = ("bilinear", "bicubic")
 """Interpolations that torch computes on bytes, with antialiasing."""
+
+
+class BatchMemory:
+    """float32 arrays that are filled anew when nobody has them any more.
+
+    A batch is as large as what the system hands out page by page, each filled with zeros first, and takes back at once.
+    Whether an array is free is seen by its references: every view and tensor of it holds one.
+
+    Args:
+        most: arrays that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept, self._lock = most, list[np.ndarray](), threading.Lock()
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array that nobody else has, its contents left over."""
+        with self._lock:
+            for number in range(len(self._kept)):
+                # The list's own reference, and that of the call.
+                if self._kept[number].shape == shape and sys.getrefcount(self._kept[number]) == 2:
+                    return self._kept[number]
+            made = np.empty(shape, np.float32)
+            self._kept = [*self._kept, made][-self._most :]
+            return made
 
 
 @dataclass(frozen=True)
@@ -47,9 +74,10 @@ class TrainingPixels:
             return crop.mirrored(resized_by_torch(image, crop.box, self.transform.size, self.transform.interpolation))
         return crop.mirrored(self.transform.resized(image, crop.box))
 
-    def finish(self, pixels: Sequence[np.ndarray | None]) -> np.ndarray:
-        """float32 [B, 3, S, S] of B such images."""
-        out_BCHW = np.empty((len(pixels), 3, self.transform.size, self.transform.size), np.float32)
+    def finish(self, pixels: Sequence[np.ndarray | None], memory: BatchMemory | None = None) -> np.ndarray:
+        """float32 [B, 3, S, S] of B such images, in memory that is used again where some is given."""
+        shape = (len(pixels), 3, self.transform.size, self.transform.size)
+        out_BCHW = np.empty(shape, np.float32) if memory is None else memory.empty(shape)
         for pixels_HWC, out_CHW in zip(pixels, out_BCHW, strict=True):
             assert pixels_HWC is not None
             self.transform.normalised(pixels_HWC, out_CHW)

@@ -25,7 +25,7 @@ from isthmus import storage
 from isthmus.data.captions import as_captions, parse_captions, parse_side
 from isthmus.data.manifest import Manifest
 from isthmus.data.ranges import RangeReader, open_range
-from isthmus.data.records import URI
+from isthmus.data.records import URI, VIDEO_KINDS
 from isthmus.data.tables import parquet_columns
 from isthmus.data.transforms import MAX_BYTES
 from isthmus.data.uris import image_url
@@ -39,13 +39,20 @@ _REQUESTS = 8  # requests under way at once
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as stored: encoded image bytes, captions (perhaps none) and the remaining fields of its JSON."""
+    """One sample as stored: encoded image or clip, captions (perhaps none) and the remaining fields of its JSON.
+
+    Attributes:
+        kind: ending of the image's or the clip's name, where it has one.
+        sound: bytes of its sound file, where that was asked for and there is one.
+    """
 
     id: int
     key: str
     image: bytes
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    sound: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -76,22 +83,27 @@ def failure_of(manifest: Manifest, row: int, reason: str, data: bytes = b"") -> 
     return Failure(record["id"], record["key"], manifest.shards[record["shard"]].name, offset, reason, digest)
 
 
-def read_rows(manifest: Manifest, rows: Iterable[int], head: int | None = None) -> Iterator[RawSample | Failure]:
+def read_rows(
+    manifest: Manifest, rows: Iterable[int], head: int | None = None, *, sounds: bool = False
+) -> Iterator[RawSample | Failure]:
     """The samples of ``rows`` (manifest row numbers), one for one and in that order.
 
     ``head`` asks for no more than so many bytes of each image, as far as its shard allows (Parquet files hold them in
-    compressed pages). An image larger than :data:`~isthmus.data.transforms.MAX_BYTES` is a failure and is not fetched.
+    compressed pages); ``sounds`` asks for sound files too. An image or sound larger than
+    :data:`~isthmus.data.transforms.MAX_BYTES` is a failure and is not fetched.
 
     Neighbouring ranges are fetched as one request and several requests run at once; a failing request is repeated at
     its offset on a fresh connection.
     """
     waiting = iter(rows)
     while window := [int(row) for row in islice(waiting, _WINDOW)]:
-        yield from _read_window(manifest, window, head)
+        yield from _read_window(manifest, window, head, sounds)
 
 
-def _read_window(manifest: Manifest, rows: Sequence[int], head: int | None) -> list[RawSample | Failure]:
+def _read_window(manifest: Manifest, rows: Sequence[int], head: int | None, sounds: bool) -> list[RawSample | Failure]:
     records = _records(manifest, rows)
+    if not sounds:
+        records = [record | {"audio_length": None} for record in records]
     pieces = _fetch(manifest, records, head)
     make = functools.partial(_sample, manifest, pieces, head)
     if any(record["image_ext"] == URI for record in records):
@@ -112,12 +124,27 @@ def _piece(record: dict[str, Any], name: str, head: int | None) -> Piece:
     return record["shard"], record[f"{name}_offset"], min(length, head) if name == "image" and head else length
 
 
+def _length(record: dict[str, Any], name: str) -> int:
+    """Bytes of a member, -1 where there is none; manifests of earlier versions know of no sounds."""
+    length = record.get(f"{name}_length")
+    return -1 if length is None else int(length)
+
+
+def _too_large(record: dict[str, Any]) -> str:
+    """Why a row is not read, or nothing."""
+    for name, what in (("image", "image"), ("audio", "sound")):
+        if _length(record, name) > MAX_BYTES:
+            what = "clip" if name == "image" and record["image_ext"] in VIDEO_KINDS else what
+            return f"the {what} of {record[f'{name}_length']} bytes is larger than the limit of {MAX_BYTES}"
+    return ""
+
+
 def _fetch(manifest: Manifest, records: Sequence[dict[str, Any]], head: int | None) -> dict[Piece, bytes | str]:
     """Every byte range that the records name; a text instead of bytes says why one could not be read."""
     wanted: set[Piece] = set()
     for record in records:
-        if record["row"] < 0 and record["image_length"] <= MAX_BYTES:
-            there = (name for name in ("image", "text", "meta") if record[f"{name}_length"] >= 0)
+        if record["row"] < 0 and not _too_large(record):
+            there = (name for name in ("image", "text", "meta", "audio") if _length(record, name) >= 0)
             wanted |= {_piece(record, name, head) for name in there}
     spans = _coalesce(sorted(wanted))
     found: dict[Piece, bytes | str] = {}
@@ -166,8 +193,7 @@ def _read_span(manifest: Manifest, span: Sequence[Piece]) -> dict[Piece, bytes |
 def _sample(
     manifest: Manifest, pieces: dict[Piece, bytes | str], head: int | None, row: int, record: dict[str, Any]
 ) -> RawSample | Failure:
-    if record["image_length"] > MAX_BYTES:
-        reason = f"the image of {record['image_length']} bytes is larger than the limit of {MAX_BYTES}"
+    if reason := _too_large(record):
         return failure_of(manifest, row, reason)
     if record["row"] >= 0:
         return _parquet_sample(manifest, row, record, head)
@@ -185,9 +211,10 @@ def _sample(
             captions, meta = parse_captions(_bytes(piece("text")), record["text_ext"])
         if record["meta_length"] >= 0 and record["text_ext"] != "json":
             meta = parse_side(_bytes(piece("meta")))
+        sound = _bytes(piece("audio")) if _length(record, "audio") >= 0 else None
     except ValueError as error:
         return failure_of(manifest, row, str(error), image)
-    return RawSample(record["id"], record["key"], image, captions, meta)
+    return RawSample(record["id"], record["key"], image, captions, meta, record["image_ext"], sound)
 
 
 def _bytes(piece: bytes | str) -> bytes:

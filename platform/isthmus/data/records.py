@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+VIDEO_KINDS = ("mp4", "mov", "webm", "mkv")
+SOUND_KINDS = ("wav", "ogg", "flac", "mp3")
 IMAGE_ID_COLUMN = "image_id"
 URI = "uri"
 """``image_ext`` of a sample whose image is a file of its own."""
@@ -32,7 +35,19 @@ SCHEMA = pa.schema(
 )
 """Columns of a manifest. Offsets and lengths are bytes in the shard, -1 where there is no such member; ``row`` is the
 row in a Parquet shard, -1 in tars; ``image_ext`` is :data:`URI` where the row names a file that holds the image;
-``meta`` is the ``.json`` member, or the ``.cls`` where there is none; ``image_id`` is null where none is named."""
+``meta`` is the ``.json`` member, or the ``.cls`` where there is none; ``image_id`` is null where none is named. A clip
+stands where an image does, and ``image_ext`` tells which it is."""
+
+HEARD_SCHEMA = pa.schema(
+    [*SCHEMA, ("audio_offset", pa.int64()), ("audio_length", pa.int64()), ("audio_ext", pa.string())]
+)
+"""Columns of a manifest in which any sample has a sound file. They are null where a sample has none; a clip's own sound
+track is no member."""
+
+
+def schema_of(column_names: Iterable[str]) -> pa.Schema:
+    """:data:`SCHEMA`, or :data:`HEARD_SCHEMA` where there are columns of sounds."""
+    return HEARD_SCHEMA if "audio_length" in column_names else SCHEMA
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from pyarrow import fs as pafs
 from isthmus import storage
 from isthmus.data.listing import HEADER_FILE, TABLE_FILE, Found
 from isthmus.data.pages import PAGES_FILE, Pages
-from isthmus.data.records import SCHEMA, Problem, Scan
+from isthmus.data.records import HEARD_SCHEMA, SCHEMA, Problem, Scan, schema_of
 from isthmus.errors import IsthmusError
 
 STAMPS_FILE = "manifest.stamps.json"
-SCAN_RULES = 1
+SCAN_RULES = 2
 """Raise it with every change of what a scan finds in the same bytes: rows of other rules are not kept."""
 
 SETTLED_S = 2.0
@@ -40,7 +40,7 @@ _LOOKUPS = 16  # files asked for at once
 
 @dataclass(frozen=True)
 class Part:
-    """One shard of an index: its rows with the columns of :data:`SCHEMA` (``shard`` null), and its faults."""
+    """One shard of an index: its rows with the columns of :func:`schema_of` (``shard`` null), and its faults."""
 
     name: str
     size: int
@@ -53,7 +53,8 @@ class Part:
     @classmethod
     def of(cls, scan: Scan) -> Part:
         """The finished form of a scan."""
-        table = pa.Table.from_pylist(scan.samples, schema=SCHEMA)
+        heard = any(sample.get("audio_length") is not None for sample in scan.samples)
+        table = pa.Table.from_pylist(scan.samples, schema=HEARD_SCHEMA if heard else SCHEMA)
         return cls(
             scan.name, scan.size, scan.digest, table, tuple(scan.problems), scan.final, passed_over=scan.passed_over
         )
@@ -112,7 +113,8 @@ class Before:
         """What the last index found in a file that it knows, or None where that can no longer be read."""
         shard = self.shards[name]
         try:
-            rows = self.slice(self.starts[name], shard["samples"]).cast(SCHEMA)
+            rows = self.slice(self.starts[name], shard["samples"])
+            rows = rows.cast(schema_of(rows.column_names))
         except IsthmusError:
             return None
         return Part(name, shard["size"], shard["digest"], rows, tuple(self.faults.get(name, ())), final=True)
@@ -147,8 +149,8 @@ class Before:
 
 
 def _slice_of(table_bytes: bytes) -> Callable[[int, int], pa.Table]:
-    table: pa.Table = pq.read_table(pa.BufferReader(table_bytes)).cast(SCHEMA)
-    return table.slice
+    table: pa.Table = pq.read_table(pa.BufferReader(table_bytes))
+    return table.cast(schema_of(table.column_names)).slice
 
 
 def _slice_of_pages(root: str, header: dict[str, Any]) -> Callable[[int, int], pa.Table]:

@@ -42,7 +42,7 @@ class Rows(Protocol):
         ...
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column of integers, in memory."""
+        """A whole column of integers, in memory; nulls are -1."""
         ...
 
 
@@ -74,7 +74,7 @@ class Whole:
         return self._table if columns is None else self._table.select(list(columns))
 
     def column(self, name: str) -> np.ndarray:
-        return self._table[name].to_numpy()
+        return integers(self._table[name])
 
 
 def image_ids(table: pa.Table) -> np.ndarray:
@@ -82,6 +82,11 @@ def image_ids(table: pa.Table) -> np.ndarray:
     if IMAGE_ID_COLUMN not in table.column_names:
         return table["id"].to_numpy()
     return pc.coalesce(table[IMAGE_ID_COLUMN], table["id"]).to_numpy()
+
+
+def integers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of integers, nulls as -1."""
+    return (column.fill_null(-1) if column.null_count else column).to_numpy(zero_copy_only=False)
 
 
 def count_captioned(table: pa.Table) -> int:

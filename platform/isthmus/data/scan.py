@@ -15,13 +15,14 @@ import pyarrow as pa
 
 from isthmus.data.captions import TEXT_KINDS, parse_captions
 from isthmus.data.ranges import RangeReader, Sequential
-from isthmus.data.records import IMAGE_KINDS, SCHEMA, Problem, Scan, image_id, sample_id
+from isthmus.data.records import IMAGE_KINDS, SCHEMA, SOUND_KINDS, VIDEO_KINDS, Problem, Scan, image_id, sample_id
 from isthmus.data.tables import scan_parquet
 from isthmus.errors import DataError, IsthmusError
 
 __all__ = ["SCHEMA", "Problem", "Scan", "image_id", "sample_id", "scan_shard"]
 
 CLASS_KIND = "cls"
+PICTURES = (*IMAGE_KINDS, *VIDEO_KINDS)
 UNREAD_IMAGES = ("heic", "heif", "jxl", "jp2", "jfif", "svg", "psd", "dng")
 """Images that are not read; passing over them without a word would lose samples."""
 
@@ -89,7 +90,7 @@ def _members(handle: Sequential, scan: Scan) -> Iterator[tarfile.TarInfo]:
             scan.report(at, "", f"damaged or cut tar header ({error}); what follows it is not indexed")
             return
         if info.islnk() or info.issym():
-            if _kind(_split(info.name)[1]) in (*IMAGE_KINDS, *TEXT_KINDS):
+            if _kind(_split(info.name)[1]) in (*PICTURES, *SOUND_KINDS, *TEXT_KINDS):
                 reason = f"{info.name} is a link to {info.linkname}; links are not followed"
                 scan.report(info.offset, _split(info.name)[0], reason)
             continue
@@ -137,6 +138,7 @@ class _Group:
     offset: int
     repeated: bool = False
     image: tuple[int, int, str] | None = None
+    sound: tuple[int, int, str] | None = None
     texts: dict[str, tuple[int, int, tuple[str, ...]]] = field(default_factory=dict)
     label: tuple[int, int] = (-1, -1)
     image_id: int | None = None
@@ -147,15 +149,21 @@ class _Group:
             return
         if kind in UNREAD_IMAGES:
             scan.report(info.offset, self.key, f"images of the kind .{extension} are not read")
-        if kind not in (*IMAGE_KINDS, *TEXT_KINDS, CLASS_KIND):
+        if kind not in (*PICTURES, *SOUND_KINDS, *TEXT_KINDS, CLASS_KIND):
             return
         if not info.size:
             scan.report(info.offset, self.key, f"the member .{extension} is empty")
-        elif kind in IMAGE_KINDS:
+        elif kind in PICTURES:
             if self.image is None:
                 self.image = (info.offset_data, info.size, kind)
             else:
-                scan.report(info.offset, self.key, f"a second image (.{extension}) of one key; the first one is kept")
+                what = "image" if kind in IMAGE_KINDS else "picture"
+                scan.report(info.offset, self.key, f"a second {what} (.{extension}) of one key; the first one is kept")
+        elif kind in SOUND_KINDS:
+            if self.sound is None:
+                self.sound = (info.offset_data, info.size, kind)
+            else:
+                scan.report(info.offset, self.key, f"a second sound (.{extension}) of one key; the first one is kept")
         elif kind == CLASS_KIND:
             self.label = (info.offset_data, info.size)
         elif kind not in self.texts:
@@ -167,16 +175,19 @@ class _Group:
                 scan.report(info.offset, self.key, str(error))
 
     def finish(self, scan: Scan, need_captions: bool) -> None:
-        if self.repeated or not (self.image or self.texts):
+        if self.repeated or not (self.image or self.sound or self.texts):
             return
         if self.image is None:
             scan.report(self.offset, self.key, "the sample has no image")
             return
         kind = next((k for k in TEXT_KINDS if k in self.texts and self.texts[k][2]), "")
-        if need_captions and not kind:
+        # What is heard is matched with what is seen; such samples need no words.
+        heard = self.sound is not None or self.image[2] in VIDEO_KINDS
+        if need_captions and not kind and not heard:
             scan.report(self.offset, self.key, "the sample has no caption (.txt, .caption, or .json with 'caption')")
             return
         text = self.texts.get(kind, (-1, -1, ()))
+        sound = self.sound or (None, None, None)
         meta = self.texts["json"][:2] if "json" in self.texts else self.label
         scan.samples.append(
             {
@@ -192,6 +203,7 @@ class _Group:
                 "meta_length": meta[1],
                 "row": -1,
                 "image_id": self.image_id,
+                **dict(zip(("audio_offset", "audio_length", "audio_ext"), sound, strict=True)),
             }
         )
 

@@ -71,11 +71,13 @@ class Sets:
             if here.any():
                 yield number, here, rows[here] - start
 
-    def image_bytes(self, rows: np.ndarray) -> np.ndarray:
-        """Size of each encoded image, int64 in the shape of ``rows``; 0 for padding."""
+    def image_bytes(self, rows: np.ndarray, *, sounds: bool = False) -> np.ndarray:
+        """Size of each encoded image (and its sound file), int64 in the shape of ``rows``; 0 for padding."""
         sizes = np.zeros(rows.shape, np.int64)
         for number, here, own in self.by_set(rows):
             sizes[here] = self.manifests[number].image_bytes_of(own)
+            if sounds:
+                sizes[here] += self.manifests[number].sound_bytes_of(own)
         return sizes
 
     def image_ids(self, rows: np.ndarray) -> np.ndarray:
@@ -85,10 +87,10 @@ class Sets:
             ids[here] = self.manifests[number].image_ids_of(own) ^ self._salts[number]
         return ids
 
-    def read(self, rows: np.ndarray, head: int | None = None) -> Iterator[RawSample | Failure]:
+    def read(self, rows: np.ndarray, head: int | None = None, *, sounds: bool = False) -> Iterator[RawSample | Failure]:
         """The stored samples of ``rows``, which ascend; no padding among them. As :func:`read_rows` for one set."""
         for number, _, own in self.by_set(rows):
-            yield from read_rows(self.manifests[number], own, head)
+            yield from read_rows(self.manifests[number], own, head, sounds=sounds)
 
     def as_met(
         self, rows: Sequence[Sample | Failure | None], numbers: np.ndarray, visits: np.ndarray, *, images: bool

@@ -43,6 +43,7 @@ class Pair:
         extension: the image's file name ending without the dot (``png``, ``webp``, ``jpg``).
         captions: the main one first.
         meta: JSON-able facts.
+        sound: encoded bytes of its sound file, with that one's ending; None where it has none.
     """
 
     key: str
@@ -50,6 +51,7 @@ class Pair:
     extension: str
     captions: Sequence[str]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    sound: tuple[bytes, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ def tar_bytes(pairs: Sequence[Pair]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for pair in pairs:
             _check(pair)
-            for extension, data in (
+            members = [
                 ("json", _json(pair.meta).encode()),
                 ("txt", ("\n".join(pair.captions) + "\n").encode()),
                 (pair.extension, pair.image),
-            ):
+            ]
+            if pair.sound is not None:
+                members.append((pair.sound[1], pair.sound[0]))
+            for extension, data in members:
                 info = tarfile.TarInfo(f"{pair.key}.{extension}")
                 info.size, info.mode, info.mtime = len(data), 0o644, 0
                 tar.addfile(info, io.BytesIO(data))
@@ -114,6 +119,8 @@ def parquet_bytes(pairs: Sequence[Pair]) -> bytes:
     """A Parquet file with small row groups, so that a few rows can be read without the rest."""
     for pair in pairs:
         _check(pair)
+        if pair.sound is not None:
+            raise DataError("Parquet shards hold no sounds.", "Write tars.")
     table = pa.table(
         {
             "key": [pair.key for pair in pairs],

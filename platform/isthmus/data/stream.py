@@ -16,13 +16,14 @@ import numpy as np
 
 from isthmus.config import DataConfig
 from isthmus.contracts import Batch, Collate, Sample, Stage
+from isthmus.data.clips import ClipTransform, clip_transform
 from isthmus.data.local import LocalRows, Plan, Row, Unaugmented, failures, spans_of, to_batch, to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
 from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
-from isthmus.data.pixels import training_pixels
+from isthmus.data.pixels import BatchMemory, training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
@@ -68,8 +69,9 @@ def train_batches(
             two encoders have different weights.
     """
     sets = Sets(tuple(Manifest.load(one.url) for one in data.sets))
+    heard = clip_transform(stage.transform)
     for manifest, samples in zip(sets.manifests, order.sizes, strict=True):
-        _check_samples(manifest, samples)
+        _check_samples(manifest, samples, captions=heard is None)
     if rank == 0:
         warn_of_repeats(data, order)
     steps = range(start_step, stop_step)
@@ -92,14 +94,14 @@ def train_batches(
     return _batches(source, data, stage, order, blank, on_failure, on_retries)
 
 
-def _check_samples(manifest: Manifest, samples: int) -> None:
-    """Whether the data is what the run's order was drawn over, and all of it has captions."""
+def _check_samples(manifest: Manifest, samples: int, *, captions: bool) -> None:
+    """Whether the data is what the run's order was drawn over, and all of it has captions, where they are needed."""
     if len(manifest) != samples:
         raise DataError(
             f"{manifest.root} holds {len(manifest)} samples, the run's order was drawn over {samples}.",
             "The data has changed since the run began: start a new run.",
         )
-    if manifest.captioned < len(manifest):
+    if captions and manifest.captioned < len(manifest):
         raise DataError(
             f"{len(manifest) - manifest.captioned} of the {len(manifest)} samples of {manifest.root} have no caption.",
             "Training needs one for each: index the folder with captions required.",
@@ -193,22 +195,38 @@ def _image_rows(
 ) -> tuple[Iterable[LocalRows], Sample]:
     size = int(stage.image_spec["image_size"])
     pixels = training_pixels(stage, data)
-    augment = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
+    augment: Any = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
+    clips = clip_transform(stage.transform)
+    if clips is not None:
+        augment = clips.augmenting if data.augment else clips
     plan = Plan(sets.named, order, rank, world, seed, augment, size, environment=store_environment(), pixels=pixels)
-    blank = Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
+    blank = _blank(clips, size)
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))
-        blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, np.float32))
+        blank = replace(blank, pixels_CHW=None, features_ND=np.zeros(shape, np.float32))
     if ray_is_up():
         return rows_on_ray(plan, steps, data.decode_workers, data.prefetch, encoding), blank
     return _on_threads(plan, steps, data.decode_workers, data.prefetch, encoding), blank
+
+
+def _blank(clips: ClipTransform | None, size: int) -> Sample:
+    """What stands in a batch that has not one readable row."""
+    if clips is None:
+        return Sample(-1, "", ("",), pixels_CHW=np.zeros((3, size, size), np.float32))
+    sound: dict[str, Any] = {
+        "audio_NF": np.zeros(clips.sound_shape, np.float32),
+        "audio_mask_N": np.ones(clips.sound_shape[0], bool),
+    }
+    return Sample(-1, "", ("",), pixels_CHW=np.zeros(clips.seen_shape, np.float32), **sound)
 
 
 def _on_threads(
     plan: Plan, steps: range, workers: int, prefetch: int, encoding: Encoding | None
 ) -> Iterator[LocalRows]:
     raw = (rows for span in spans_of(plan.order, steps) for rows in plan.read(span))
-    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows)), ahead(raw, prefetch), workers, prefetch)
+    # As many as are under way: decoded, in line for the trainer, and with it.
+    memory = BatchMemory(workers + 2 * prefetch + 2)
+    decoded = map_ahead(lambda rows: plan.finish(plan.decode(rows), memory), ahead(raw, prefetch), workers, prefetch)
     return decoded if encoding is None else map(StepEncoder(encoding), decoded)
 
 
@@ -219,7 +237,8 @@ def _cached_rows(
     caches: Sequence[FeatureCache], sets: Sets, order: SampleOrder, rank: int, world: int, steps: range
 ) -> tuple[Iterable[LocalRows], Sample]:
     shape = (caches[0].meta.tokens, caches[0].meta.width)
-    blank = Sample(-1, "", ("",), features_ND=np.zeros(shape, caches[0].meta.dtype))
+    blank = _blank(clip_transform(stage.transform), 0)
+    blank = replace(blank, pixels_CHW=None, features_ND=np.zeros(shape, caches[0].meta.dtype))
 
     def rows() -> Iterator[LocalRows]:
         for step in steps:
@@ -254,9 +273,21 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
     caches: list[FeatureCache] = []
     for one, manifest in zip(data.sets, sets.manifests, strict=True):
         assert one.cache is not None  # the configuration's own rule
-        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digest, **dict(known)}))
+        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digests, **dict(known)}))
     check_alike({cache.url: cache.meta for cache in caches})
+    for cache in caches:
+        _check_sounds(cache, clip_transform(stage.transform))
     return caches
+
+
+def _check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
+    if clips is None and cache.meta.sound is None:
+        return
+    if clips is None or cache.meta.transform_digest != clips.digest:
+        raise DataError(
+            f"The feature cache {cache.url} does not hold the frames and sounds that this recipe reads.",
+            "Build one in another folder: `isthmus data cache DATA OUT --recipe RECIPE`.",
+        )
 
 
 def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:
@@ -271,7 +302,7 @@ def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) ->
 def iter_samples(
     manifest: Manifest,
     *,
-    transform: Callable[[Any], np.ndarray] | None = None,
+    transform: Callable[[Any], np.ndarray] | ClipTransform | None = None,
     cache: FeatureCache | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
     batch: int = 64,
@@ -286,13 +317,14 @@ def iter_samples(
     """
     wanted = iter(range(len(manifest)) if rows is None else (int(row) for row in rows))
     size = getattr(transform, "size", None)
+    heard = clip_transform(transform) is not None
 
     def load(group: list[int]) -> list[Sample | Failure]:
         if cache is not None:
             return _from_cache(cache, manifest, group)
         return [
             to_sample(manifest, row, raw, transform, size)
-            for row, raw in zip(group, read_rows(manifest, group), strict=True)
+            for row, raw in zip(group, read_rows(manifest, group, sounds=heard), strict=True)
         ]
 
     groups = iter(lambda: list(islice(wanted, batch)), [])

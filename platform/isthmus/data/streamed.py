@@ -77,8 +77,10 @@ class StepEncoder:
     def _forward(self, pixels_BCHW: np.ndarray) -> np.ndarray:
         import torch
 
+        from isthmus.models.vision import encode_pixels
+
         with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=self._encoding.bf16):
-            features_BND = self._encoder(torch.from_numpy(pixels_BCHW).to(self._device))
+            features_BND = encode_pixels(self._encoder, torch.from_numpy(pixels_BCHW).to(self._device))
         out: np.ndarray = features_BND.float().cpu().numpy()
         return out
 

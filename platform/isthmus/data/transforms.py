@@ -204,7 +204,9 @@ class ImageTransform:
         mean_C11, std_C11 = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         if out_CHW is None:
             out_CHW = np.empty((3, *pixels_HWC.shape[:2]), np.float32)
-        np.multiply(pixels_HWC.transpose(2, 0, 1), 1.0 / (255.0 * std_C11), out=out_CHW)
+        # Cast first and by itself: a product of both types goes through buffers, which takes half as long again.
+        np.copyto(out_CHW, pixels_HWC.transpose(2, 0, 1))
+        np.multiply(out_CHW, 1.0 / (255.0 * std_C11), out=out_CHW)
         return np.subtract(out_CHW, mean_C11 / std_C11, out=out_CHW)
 
     @property

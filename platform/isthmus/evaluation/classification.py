@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isthmus.errors import DataError
+from isthmus.evaluation.intervals import rounded, wilson
 from isthmus.evaluation.retrieval import pessimistic_ranks, similarity
 
 TOPS = (1, 5)
@@ -73,6 +74,12 @@ def classification_metrics(ranks_N: Tensor, label_N: Tensor, classes: int) -> di
     count = torch.bincount(label_N, minlength=classes)
     out["mean_per_class_recall"] = float((right[count > 0] / count[count > 0]).mean())
     return out
+
+
+def classification_intervals(ranks_N: Tensor, classes: int) -> dict[str, list[float]]:
+    """95 % intervals [low, high] of top-1 and top-5, ``top_1_ci95`` and so on."""
+    tops = [k for k in TOPS if k < classes or k == 1]
+    return {f"top_{k}_ci95": rounded(wilson(int((ranks_N <= k).sum()), len(ranks_N))) for k in tops}
 
 
 def _finite(what: str, tensor: Tensor) -> None:

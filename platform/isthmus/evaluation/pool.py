@@ -20,7 +20,7 @@ from isthmus.data.parallel import store_environment
 from isthmus.errors import DataError, IsthmusError
 from isthmus.evaluation.model import Loaded
 from isthmus.evaluation.sources import Source, open_source
-from isthmus.evaluation.work import Order, Part, Worker, check, tokenizers
+from isthmus.evaluation.work import Order, Part, Worker, check, contrasts, tokenizers
 from isthmus.progress import progress
 
 MAX_DEATHS = 3  # of one evaluation: then it is the machine
@@ -33,17 +33,19 @@ Load = Callable[[], Loaded]
 
 @dataclass(frozen=True)
 class About:
-    """What is recorded of the model that did the work; ``prompt`` is its recipe's own."""
+    """What is recorded of the model that did the work; ``prompt`` is its recipe's own; ``contrasts``: see Embeds."""
 
     uri: str
     tokenizers: str
     bases: tuple[str, ...] = ()
     prompt: str = ""
+    contrasts: bool = True
 
 
 def about(model: Loaded) -> About:
     """What is recorded of ``model``."""
-    return About(model.uri, tokenizers(model), model.bases, str(getattr(model.module, "own_prompt", "")))
+    prompt = str(getattr(model.module, "own_prompt", ""))
+    return About(model.uri, tokenizers(model), model.bases, prompt, contrasts(model))
 
 
 class Runner(Protocol):

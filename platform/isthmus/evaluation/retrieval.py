@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import DataError
+from isthmus.evaluation.intervals import clustered, rounded, wilson
 
 RECALLS = (1, 5, 10)
 TIES = "pessimistic: a wrong candidate of equal score ranks before the right one"
@@ -65,6 +66,19 @@ class Retrieval:
         out["r_mean"] = (out["tr_mean"] + out["ir_mean"]) / 2
         out["tr_map"] = float(self.tr_ap.mean())
         out["ir_map"] = float((1.0 / self.ir_rank.double()).mean())  # one relevant image: AP is 1 / rank
+        return out
+
+    def intervals(self, seed: int = 0) -> dict[str, list[float]]:
+        """95 % intervals [low, high] of the recalls, ``tr_at_1_ci95`` and so on (:mod:`isthmus.evaluation.intervals`).
+
+        They say how far other images of the same kind may differ. The candidates are held fixed: among more of them
+        every recall is lower.
+        """
+        images = len(self.tr_rank)
+        out = {}
+        for k in RECALLS:
+            out[f"tr_at_{k}_ci95"] = rounded(wilson(int((self.tr_rank <= k).sum()), images))
+            out[f"ir_at_{k}_ci95"] = rounded(clustered(self.ir_rank <= k, self.owner, images, seed))
         return out
 
 

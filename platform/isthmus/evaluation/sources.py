@@ -78,7 +78,9 @@ class IndexedSource:
         self.root, self.digest = url, self.manifest.digest
         self.split = url.rstrip("/").rsplit("/", 1)[-1]
         self.ids = self.manifest.ids
-        expect = {"manifest_digest": self.digest} | ({"encoder_digest": vision_digest} if vision_digest else {})
+        expect: dict[str, str | tuple[str, ...]] = {"manifest_digest": self.manifest.digests}
+        if vision_digest:
+            expect["encoder_digest"] = vision_digest
         self._cache = FeatureCache.open(cache, expect=expect) if cache else None
 
     def read(self, rows: Sequence[int], transform: Transform | None, *, images: bool, extras: bool) -> list[Entry]:

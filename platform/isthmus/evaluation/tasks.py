@@ -19,7 +19,14 @@ from isthmus.data.readers import Failure
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import DataError
 from isthmus.evaluation.captioning import permuted, score_captions
-from isthmus.evaluation.classification import class_ranks, class_vectors, classification_metrics, prompts
+from isthmus.evaluation.classification import (
+    class_ranks,
+    class_vectors,
+    classification_intervals,
+    classification_metrics,
+    prompts,
+)
+from isthmus.evaluation.intervals import METHOD
 from isthmus.evaluation.layouts import Extras
 from isthmus.evaluation.matching import matching_metrics
 from isthmus.evaluation.pool import Runner
@@ -110,8 +117,9 @@ def retrieval(held: Held) -> TaskResult:
     read = held.gather("embed", "embedding")
     assert read.images is not None and read.texts is not None
     captions, owner_C = _owned(read)
-    score = _scores_of_candidates(held, read, captions, owner_C) if config.rerank else None
-    found = retrieve(read.images, read.texts, owner_C, score=score, rerank=config.rerank)
+    best = max(len(read.ids), len(captions)) if config.rerank == "all" else config.rerank
+    score = _scores_of_candidates(held, read, captions, owner_C, best) if best else None
+    found = retrieve(read.images, read.texts, owner_C, score=score, rerank=best)
     facts = {
         "images": len(read.ids),
         "captions": len(captions),
@@ -119,10 +127,19 @@ def retrieval(held: Held) -> TaskResult:
         "captions_repeated": len(captions) - len(set(captions)),  # equal texts tie, and ties count against the model
         "ties": TIES,
         "rerank": config.rerank,
+        "ranked_by": _ranked_by(held),
         "text_max_length": config.text_max_length or "the recipe's",
         "texts": "cleaned as captions are in training (LAVIS's caption processor)",
+        **found.intervals(config.seed),
+        "ci95": METHOD,
     }
     return TaskResult(found.metrics(), facts, _retrieval_rows(read, captions, owner_C, found))
+
+
+def _ranked_by(held: Held) -> str:
+    if not held.runner.about().contrasts:
+        return "matching alone"
+    return "cosine, the best by cosine + matching" if held.config.rerank else "cosine"
 
 
 def _owned(read: Part) -> tuple[list[str], Tensor]:
@@ -131,10 +148,10 @@ def _owned(read: Part) -> tuple[list[str], Tensor]:
     return [text for captions in read.captions for text in captions], torch.tensor(owner)
 
 
-def _scores_of_candidates(held: Held, read: Part, captions: Sequence[str], owner_C: Tensor) -> Score:
-    """Every pair that either direction re-ranks, scored once, image by image."""
+def _scores_of_candidates(held: Held, read: Part, captions: Sequence[str], owner_C: Tensor, best: int) -> Score:
+    """Every pair that either direction re-ranks, ``best`` of each row, scored once, image by image."""
     assert read.images is not None and read.texts is not None
-    keys = candidates(read.images, read.texts, owner_C, held.config.rerank)
+    keys = candidates(read.images, read.texts, owner_C, best)
     by_image = np.split(keys % len(captions), np.searchsorted(keys, np.arange(1, len(read.ids)) * len(captions)))
     texts = [[captions[c] for c in some] for some in by_image]
     rows = _rows_of(held, read.ids)
@@ -311,6 +328,8 @@ def classification(held: Held) -> TaskResult:
         "templates": list(config.classification.templates),
         "ties": TIES,
         "text_max_length": config.text_max_length or "the recipe's",
+        **classification_intervals(ranks_N, len(classes)),
+        "ci95": METHOD,
     }
     rows = {
         image_id: {

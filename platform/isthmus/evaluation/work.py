@@ -130,9 +130,11 @@ class Worker:
         assert self.model is not None
         features_BND = self.model.features([sample for _, sample, _ in good])
         if kind in ("embed", "embed_images"):
-            part.images = self._module(Embeds, "embedding").embed_images(features_BND).float().cpu()
+            module = self._module(Embeds, "embedding")
+            alike = not contrasts(self.model)  # then all have one vector, and matching alone ranks them
+            part.images = torch.ones(len(good), 1, 1) if alike else module.embed_images(features_BND).float().cpu()
             if kind == "embed":
-                part.texts = self._embed_captions(part)
+                part.texts = self._embed_captions(part, alike)
         elif kind == "caption":
             part.made = self._caption(features_BND)
         elif kind == "answer":
@@ -141,14 +143,15 @@ class Worker:
             part.scores = self._score(kind, features_BND, [texts[row] for row, _, _ in good])
         return part
 
-    def _embed_captions(self, part: Part) -> Tensor:
+    def _embed_captions(self, part: Part, alike: bool) -> Tensor:
         for key, captions in zip(part.keys, part.captions, strict=True):
             if not captions:
                 raise DataError(f"The image {key} has no caption.", "Retrieval needs one for every image.")
         asked = self.config.captions_per_image
         most = {"first": 1, "all": None}[asked] if isinstance(asked, str) else asked
         part.captions = [captions[:most] for captions in part.captions]
-        return self.embed_texts([text for captions in part.captions for text in captions])
+        texts = [text for captions in part.captions for text in captions]
+        return torch.ones(len(texts), 1) if alike else self.embed_texts(texts)
 
     def _caption(self, features_BND: Tensor) -> list[str]:
         config = self.config
@@ -220,8 +223,19 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
     for task in config.tasks:
         for kind, what in needs[task]:
             model.require(kind, what)
+    placed = {"retrieval": config.rerank != "all", "classification": True, "matching": needs["matching"][1:] != []}
+    if not contrasts(model) and (refused := [task for task in config.tasks if placed.get(task)]):
+        raise ConfigError(
+            f"{model.uri} cannot do {refused[0]} so: it was trained to match pairs, without a contrast.",
+            "Retrieval goes with rerank: all, on few enough images; matching with the data's own negatives.",
+        )
     if config.text_max_length and isinstance(model.module, Embeds) and not _takes_length(model.module):
         raise ConfigError(f"{model.uri} fixes the length of its texts by its recipe.", "Leave text_max_length out.")
+
+
+def contrasts(model: Loaded) -> bool:
+    """Whether the model places images and texts in one space; see Embeds."""
+    return bool(getattr(model.module, "contrasts", True))
 
 
 def _takes_length(module: Embeds) -> bool:

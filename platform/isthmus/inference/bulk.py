@@ -128,7 +128,9 @@ def open_cache(url: str, manifest: Manifest, vision_digest: str) -> FeatureCache
     Raises:
         DataError: unfinished, or of other data or another encoder.
     """
-    expect = {"manifest_digest": manifest.digest} | ({"encoder_digest": vision_digest} if vision_digest else {})
+    expect: dict[str, str | tuple[str, ...]] = {"manifest_digest": manifest.digests}
+    if vision_digest:
+        expect["encoder_digest"] = vision_digest
     return FeatureCache.open(url, expect=expect)
 
 

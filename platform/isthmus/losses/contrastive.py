@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.contracts import Comm, Reference
+from isthmus.contracts import Comm, LocalComm, Reference
 from isthmus.losses.counting import GlobalMean
 
 
@@ -67,6 +67,8 @@ def contrast(
     smoothing: float = 0.0,
     full_gradient: bool = False,
     image_ids_B: Tensor | None = None,
+    own_rows: bool = False,
+    symmetric: bool = True,
 ) -> Contrast:
     """Cross-entropy both ways over the global batch, averaged.
 
@@ -80,16 +82,35 @@ def contrast(
             gives the gradient of the loss of the global batch on one process.
         image_ids_B: int64; given, all columns of a row's image are its positives in equal parts. Without them only its
             own column is.
+        own_rows: this rank's rows are contrasted with one another alone, and G is B. The mean over rows stays that of
+            all ranks; the loss depends on their number.
+        symmetric: False takes the loss of images looking for their texts alone.
     """
+    everyone, comm = comm, LocalComm() if own_rows else comm
     images_GQE = comm.gather(images_BQE, grad=full_gradient)
     texts_GE = comm.gather(texts_BE, grad=full_gradient)
-    valid_G = comm.gather(valid_B, grad=False)
     i2t_BG = best_query(images_BQE, texts_GE) / temperature
     t2i_BG = best_query_of_columns(texts_BE, images_GQE) / temperature
+    return contrast_of(i2t_BG, t2i_BG, valid_B, comm, smoothing=smoothing, image_ids_B=image_ids_B)
+
+
+def contrast_of(
+    i2t_BG: Tensor,
+    t2i_BG: Tensor,
+    valid_B: Tensor,
+    comm: Comm,
+    *,
+    smoothing: float = 0.0,
+    image_ids_B: Tensor | None = None,
+) -> Contrast:
+    """The same of logits that are there already: local images against global texts, local texts against global images.
+    The other arguments are those of :func:`contrast`."""
+    valid_G = comm.gather(valid_B, grad=False)
     positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
-    mean = GlobalMean(valid_B, comm)
-    return Contrast(mean((losses_B[0] + losses_B[1]) / 2), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
+    mean = GlobalMean(valid_B, everyone)
+    loss_B = (losses_B[0] + losses_B[1]) / 2 if symmetric else losses_B[0]
+    return Contrast(mean(loss_B), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
 
 
 def _positives(valid_B: Tensor, valid_G: Tensor, image_ids_B: Tensor | None, comm: Comm) -> Tensor:

@@ -73,7 +73,15 @@ def stack(samples: Sequence[Sample], step: int, epoch: int) -> dict[str, Any]:
         "epoch": epoch,
         "pixels_BCHW": pixels,
         "features_BND": features,
+        **_sounds(samples),
     }
+
+
+def _sounds(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Patches of the samples' sounds and their mask, where there are any."""
+    values = _stack([sample.audio_NF for sample in samples])
+    masks = _stack([sample.audio_mask_N for sample in samples])
+    return {} if values is None or masks is None else {"audio_BNF": values, "audio_mask_BN": masks.long()}
 
 
 def _stack(arrays: Sequence[np.ndarray | None]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Frozen encoders, trained projectors, symmetric contrast over the global batch (Maniparambil et al. 2024).
 
-Where the paper's code, freeze-align, contrasts each device's own batch, the batch here is the global one.
+Where the paper's code, freeze-align, contrasts each device's own batch, the batch here is the global one;
+``contrast_over: local`` is what that code does.
 
 Shape letters: B batch, N image tokens, D image width, T text tokens, E shared width.
 """
@@ -14,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isthmus.config import MethodConfig, TextConfig, VisionConfig
@@ -46,6 +47,11 @@ class ProjectorConfig(MethodConfig):
     )
     class_token: bool = Field(False, description="the encoder's first token is a class token, with its own projector")
     text_features: Literal["pooled", "tokens"] = Field("pooled", description="what the text projector reads")
+    contrast_over: Literal["global", "local"] = Field(
+        "global",
+        description="the rows that a row is told apart from: those of all workers, or of its own worker alone, as the "
+        "paper's code has it; then another number of workers is another loss",
+    )
     itc_gather: Literal["detached", "full"] = "full"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
@@ -53,6 +59,12 @@ class ProjectorConfig(MethodConfig):
     remembered_texts: Annotated[int, Field(ge=0)] = Field(
         200_000, description="distinct captions whose frozen features each process keeps"
     )
+
+    @model_validator(mode="after")
+    def _something_is_gathered(self) -> ProjectorConfig:
+        if self.contrast_over == "local" and self.itc_gather == "detached":
+            raise ValueError("contrast_over 'local' gathers nothing, so itc_gather cannot be 'detached'")
+        return self
 
 
 class TextMemory:
@@ -149,6 +161,7 @@ class Projector(SeeingModule):
             self.comm,
             smoothing=self.config.label_smoothing,
             full_gradient=self.config.itc_gather == "full",
+            own_rows=self.config.contrast_over == "local",
         )
         metrics = {
             "temperature": temperature.detach()[0],
@@ -206,9 +219,9 @@ class CollateTexts:
         return Batch(**stack(samples, step, epoch), texts=texts, cut_B=cut_B)
 
 
-def references(smoothing: float, global_batch: int) -> Mapping[str, Reference]:
-    """Chance and floor of the one loss."""
-    return {"itc": contrast_reference(global_batch, smoothing)}
+def references(smoothing: float, groups: int, global_batch: int) -> Mapping[str, Reference]:
+    """Chance and floor of the one loss, contrasted in so many ``groups`` of the global batch."""
+    return {"itc": contrast_reference(global_batch // groups, smoothing)}
 
 
 def build(config: ProjectorConfig, context: BuildContext) -> Stage:
@@ -223,12 +236,13 @@ def build(config: ProjectorConfig, context: BuildContext) -> Stage:
     with seeded(context.seed):
         module = Projector(config, vision, spec.width, text, context.comm, context.seed)
     module.micro_batch = context.micro_batch
+    groups = context.comm.world_size if config.contrast_over == "local" else 1
     return Stage(
         module=module,
         collate=CollateTexts(text.tokenizer, config.text.max_length, context.seed),
         transform=spec.transform,
         augment=spec.transform.augment,
-        references=partial(references, config.label_smoothing),
+        references=partial(references, config.label_smoothing, groups),
         bases=tuple(part.base for part in (vision, text) if part is not None),
         image_spec={"tokens": spec.tokens, "width": spec.width, "image_size": spec.image_size},
     )

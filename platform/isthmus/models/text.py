@@ -1,4 +1,4 @@
-"""BERT-family text encoders: tokenizer, raw weights for a Q-Former's start, and a frozen sentence encoder.
+"""Text encoders: tokenizer, a BERT's raw weights for a Q-Former's start, and a frozen sentence encoder of any family.
 
 Shape letters: B batch, T text tokens, D width.
 """
@@ -21,7 +21,7 @@ from isthmus.models.freezing import freeze_all, state_digest
 from isthmus.models.weights import read_state, resolve
 
 ensure_torchvision()
-from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # ours are the only bars
@@ -104,15 +104,21 @@ class SentenceEncoder(nn.Module):
 
 
 def build_sentence_encoder(config: TextConfig) -> SentenceEncoder:
-    """The frozen encoder that ``config`` names, in float32.
+    """The frozen encoder that ``config`` names, in float32: an encoder, the encoder of an encoder-decoder such as T5,
+    or a decoder-only language model, whose states are averaged as an encoder's are.
 
     Raises:
         ConfigError, WeightsError: as :func:`load_bert`.
     """
     facts = load_config(config.weights)
     extra = {"add_pooling_layer": False} if facts.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    model = load_pretrained(AutoModel, config.weights, "a text encoder", **extra)
-    return SentenceEncoder(model, load_tokenizer(config.weights), config, int(facts.hidden_size))
+    kind = AutoModelForTextEncoding if facts.is_encoder_decoder else AutoModel
+    model = load_pretrained(kind, config.weights, "a text encoder", **extra)
+    tokenizer = load_tokenizer(config.weights)
+    if tokenizer.pad_token is None:  # a language model's; whatever stands behind the end is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return SentenceEncoder(model, tokenizer, config, int(facts.hidden_size))
 
 
 @contextlib.contextmanager

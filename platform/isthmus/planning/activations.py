@@ -178,6 +178,34 @@ def stage1_parts(
     return found
 
 
+def stage1_in_parts(
+    keeping: Keeping, config: Blip2Stage1Config, local: Local, rows: int, vocab: int, *, recompute: bool = False
+) -> dict[str, float]:
+    """The same with the activations of ``rows`` images at a time: those of the larger of the two kinds of parts, and
+    what all images leave behind."""
+    c, B, G, part = config.qformer, local.images, local.everywhere, local.part(rows)
+    M, Q, E, e = c.width, c.queries, c.embed, keeping.product
+    itm, itg = config.weights.itm > 0, config.weights.itg > 0
+    how = reading(c, local.tokens, 1.0)
+    kept = {
+        name: qformer_pass(keeping, c, part, one, recompute=recompute)
+        for name, one in stage1_passes(config, part, how, itm=itm, itg=itg).items()
+    }
+    pairs: float = kept.pop("matching pass", 0.0)
+    alone = sum(kept.values()) + keeping.inputs(rows * Q + rows, 1) * M + FP32 * E * (rows * Q + rows)
+    alone += image_memory(keeping, c, part, projections=int(how == "projected"), matched=False)
+    alone += caption_head(keeping, part.labels, M, vocab) if itg else 0.0
+    if itm:
+        pairs += image_memory(keeping, c, part, projections=2 * (how == "projected"), matched=True)
+        pairs += keeping.inputs(3 * rows * Q, 1) * M
+        # The negatives' own keys and values, and tokens of own and negatives' images, repeated where they are read.
+        pairs += keeping.product * 2 * crossing_layers(c) * rows * local.tokens * M if how == "projected" else 0.0
+        pairs += FP32 * 3 * rows * local.tokens * local.width * (how == "direct" and not keeping.bf16)
+    held: float = FP32 * E * (B * Q + B + G * Q + G) + e * 2 * B * Q * G + FP32 * 10 * B * G
+    held += FP32 * B * local.tokens * local.width if itm else 0.0  # tokens of the negatives' images
+    return {"a part of the images": max(alone, pairs), "heads": held}
+
+
 def caption_head(keeping: Keeping, labels: float, width: int, vocab: int) -> float:
     """ITG's prediction head: two linear inputs, GELU's input, the norm's, and the log-probabilities in float32."""
     inputs = 2 * keeping.inputs(labels, 1) * width

@@ -173,29 +173,40 @@ def _seen(qformer: QFormerConfig, local: Local, query_rows: float, how: Reading)
     return linear(query_rows, M, D) * 2 + over_tokens + linear(query_rows, M, 1)
 
 
-def stage1(config: Blip2Stage1Config, local: Local, vocab: int, *, recompute: bool = False) -> dict[str, Flops]:
+def stage1(
+    config: Blip2Stage1Config, local: Local, vocab: int, *, recompute: bool = False, micro_batch: int | None = None
+) -> dict[str, Flops]:
     """A mean step of stage 1 by part: where ITM or ITG is computed in every k-th step only, in proportion.
 
     Args:
         vocab: V, rows of the word embeddings.
+        micro_batch: images whose activations are held at once; None holds all.
     """
     cycle = math.lcm(config.itm_every, config.itg_every)
     found: dict[str, Flops] = {}
     for step in range(cycle):
         itm = config.weights.itm > 0 and step % config.itm_every == 0
         itg = config.weights.itg > 0 and step % config.itg_every == 0
-        parts = stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute)
+        parts = stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute, micro_batch=micro_batch)
         for name, part in parts.items():
             found[name] = found.get(name, Flops()) + part * (1 / cycle)
     return found
 
 
 def stage1_step(
-    config: Blip2Stage1Config, local: Local, vocab: int, *, itm: bool = True, itg: bool = True, recompute: bool = False
+    config: Blip2Stage1Config,
+    local: Local,
+    vocab: int,
+    *,
+    itm: bool = True,
+    itg: bool = True,
+    recompute: bool = False,
+    micro_batch: int | None = None,
 ) -> Flops:
     """One step of stage 1, with the losses that it computes."""
     itm, itg = itm and config.weights.itm > 0, itg and config.weights.itg > 0
-    return sum(stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute).values(), Flops())
+    parts = stage1_parts(config, local, vocab, itm=itm, itg=itg, recompute=recompute, micro_batch=micro_batch)
+    return sum(parts.values(), Flops())
 
 
 def stage1_passes(config: Blip2Stage1Config, local: Local, how: Reading, *, itm: bool, itg: bool) -> dict[str, Pass]:
@@ -211,26 +222,38 @@ def stage1_passes(config: Blip2Stage1Config, local: Local, how: Reading, *, itm:
 
 
 def stage1_parts(
-    config: Blip2Stage1Config, local: Local, vocab: int, *, itm: bool, itg: bool, recompute: bool
+    config: Blip2Stage1Config,
+    local: Local,
+    vocab: int,
+    *,
+    itm: bool,
+    itg: bool,
+    recompute: bool,
+    micro_batch: int | None = None,
 ) -> dict[str, Flops]:
     """Operations by part of the step."""
-    c, B = config.qformer, local.images
+    c = config.qformer
     M, Q, E = c.width, c.queries, c.embed
-    how = reading(c, local.tokens, stage1_uses(local.workers, itm))
-    found: dict[str, Flops] = {}
-    if how == "projected":
-        # The negatives' images come from other workers as tokens, and are projected there once more.
-        found["image keys and values"] = projection(c, local) * (2 if itm and local.workers > 1 else 1)
-    for name, rows in stage1_passes(config, local, how, itm=itm, itg=itg).items():
-        found[name] = qformer_pass(c, local, rows, recompute=recompute)
-    pairs = 2.0 * B * Q * local.everywhere * E  # similarities of every query to every text
-    both = 2 if config.itc_gather == "full" else 1
-    heads = linear(B * Q, M, E) + linear(B, M, E) + Flops(2 * pairs, 2 * pairs * both)
+    part = local.part(min(local.images, micro_batch or local.images))
+    # The negatives' images come from other workers as tokens, and are projected there once more. In parts, a part of
+    # the images is projected for itself, and it and its negatives for the matching pass.
+    projections = (3 if itm else 1) if micro_batch else 2 if itm and local.workers > 1 else 1
+    how = reading(c, local.tokens, 1.0 if micro_batch else stage1_uses(local.workers, itm))
+    found = {"image keys and values": projection(c, part) * projections} if how == "projected" else {}
+    for name, rows in stage1_passes(config, part, how, itm=itm, itg=itg).items():
+        found[name] = qformer_pass(c, part, rows, recompute=recompute)
+    heads = linear(part.images * Q, M, E) + linear(part.images, M, E)
     if itm:
-        heads += linear(3 * B * Q, M, 2)
+        heads += linear(3 * part.images * Q, M, 2)
     if itg:
-        heads += linear(local.labels, M, M) + linear(local.labels, M, vocab)
-    return found | {"heads": heads}
+        heads += linear(part.labels, M, M) + linear(part.labels, M, vocab)
+    found["heads"] = heads
+    if micro_batch:
+        found = {name: flops.recomputed() * (local.images / part.images) for name, flops in found.items()}
+    pairs = 2.0 * local.images * Q * local.everywhere * E  # similarities of every query to every text
+    both = 2 if config.itc_gather == "full" else 1
+    found["heads"] += Flops(2 * pairs, 2 * pairs * both)
+    return found
 
 
 def stage2_parts(qformer: QFormerConfig, local: Local, language: Language, *, recompute: bool) -> dict[str, Flops]:

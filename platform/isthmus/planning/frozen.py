@@ -195,7 +195,7 @@ def _described(config: Any, source: str) -> Language:
     decoder = _stack(config, model.decoder if config.is_encoder_decoder else model.base_model, cross)
     return Language(
         sum(p.numel() for p in model.parameters()), int(head.weight.shape[0]), width, decoder, encoder, cross,
-        _activation(config), _norm(config), config.model_type not in ("gpt2", "t5"), source,
+        _activation(config), _norm(config), config.model_type not in ("gpt2", "t5"), source, config,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from isthmus.errors import ConfigError, nearest
@@ -33,6 +33,8 @@ class Gpu:
         source: of these figures.
         elementwise: bytes/s, read and written, of work on elements into new memory; 0 where the share of the peak that
             a step reaches is to cover it.
+        timed: seconds of the parts of a step that were timed whole, forward and backward; the others' products run at
+            the rate.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Gpu:
     network: float
     source: str
     elementwise: float = 0.0
+    timed: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in ``bf16`` or ``fp32``."""

@@ -124,10 +124,13 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
     keeping = Keeping(bf16=precision == "bf16", cuda=gpu.name != CPU)
     flops = subject.flops(images, workers)
     rate = gpu.rate(precision) * wishes.utilisation
-    backward = sum(part.backward for part in flops.values()) / rate
-    compute = sum(part.total for part in flops.values()) / rate
+    timed = {name: seconds for name, seconds in gpu.timed.items() if name in flops}
+    products = [part for name, part in flops.items() if name not in timed]
+    backward = sum(part.backward for part in products) / rate
+    backward += sum(seconds * flops[name].backward / flops[name].total for name, seconds in timed.items())
+    compute = sum(part.total for part in products) / rate
     elements = _elementwise_seconds(subject, wishes, keeping, images)
-    busy = compute + elements
+    busy = compute + elements + sum(timed.values())
     stages = {stage: _stage(subject, wishes, keeping, stage, images, busy, backward) for stage in sizes.STAGES}
     step_seconds = stages[run.zero.stage].step_seconds
     optimizer = _optimizer_seconds(subject, wishes, keeping, run.zero.stage)
@@ -136,6 +139,7 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
         "seconds": step_seconds,
         "matrix products": compute,
         **({"work on elements": elements} if elements else {}),
+        **{f"{name}, timed": seconds for name, seconds in timed.items()},
         "AdamW": optimizer,
         "communication not hidden": step_seconds - busy - optimizer,
         "model-FLOPs utilisation": total / step_seconds / gpu.rate(precision),
@@ -163,8 +167,10 @@ def _elementwise_seconds(subject: Subject, wishes: Wishes, keeping: Keeping, ima
     """Norms, activations, sums, and gradients of the parameters, on a processor; all of them move bytes."""
     if not wishes.gpu.elementwise:
         return 0.0
-    kept = sum(subject.kept(images, wishes.workers, keeping).values())
-    moved = KEPT_PASSES * kept + GRADIENT_PASSES * 4.0 * subject.trained
+    parts = subject.plain.kept(images, wishes.workers, keeping)
+    kept = sum(size for name, size in parts.items() if name not in wishes.gpu.timed)
+    again = 1.5 if subject.plain is not subject else 1.0  # half of the passes are the forward pass's
+    moved = again * KEPT_PASSES * kept + GRADIENT_PASSES * 4.0 * subject.trained
     return moved / wishes.gpu.elementwise
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 Activation = Literal["relu", "gelu", "gelu_new", "gated"]
 Norm = Literal["layer", "rms", "t5"]
@@ -59,7 +59,7 @@ class Language:
         cross: a T5 decoder's weights that multiply the encoder's states.
         activation, norm: kinds, for what they keep for the backward pass.
         exact_softmax: attention, where it is written out, takes its softmax in float32 whatever the precision.
-        source: of these sizes.
+        source: of these sizes. config: transformers' own, from which they are.
     """
 
     parameters: int
@@ -72,6 +72,7 @@ class Language:
     norm: Norm
     exact_softmax: bool
     source: str
+    config: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,8 @@ class Local:
     def everywhere(self) -> int:
         """G, images of the global batch."""
         return self.images * self.workers
+
+    def part(self, images: int) -> Local:
+        """So many of the images, with their share of the texts."""
+        share = images / self.images
+        return replace(self, images=images, text_rows=self.text_rows * share, labels=self.labels * share)

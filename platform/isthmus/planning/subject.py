@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -74,6 +74,23 @@ class Subject:
         labels = rows - images  # [DEC] is no target
         return Local(images, workers, self.vision.tokens, self.vision.width, rows, self.texts.longest, labels)
 
+    @property
+    def plain(self) -> Subject:
+        """The recipe without what computes activations twice to hold fewer; itself where it has nothing of the kind."""
+        train = self.run.train
+        if train.micro_batch is None and not train.gradient_checkpointing:
+            return self
+        train = train.model_copy(update={"micro_batch": None, "gradient_checkpointing": False})
+        return replace(self, run=self.run.model_copy(update={"train": train}))
+
+    def rows(self, images: int) -> int:
+        """Images of one worker whose activations are held at once."""
+        return min(images, self.run.train.micro_batch or images)
+
+    def parts(self, images: int) -> float:
+        """How many such parts a worker's images make."""
+        return images / self.rows(images)
+
     def flops(self, images: int, workers: int) -> dict[str, Flops]:
         """Operations of one worker's mean step by part."""
         local, recompute = self.local(images, workers), self.run.train.gradient_checkpointing
@@ -82,13 +99,18 @@ class Subject:
             found["image encoder"] = Flops(self.vision.flops * images)
         if self.language is None:
             method = cast(Blip2Stage1Config, self.run.method)
-            return found | compute.stage1(method, local, self.vocab, recompute=recompute)
-        found |= compute.stage2_parts(self.qformer, local, self.language, recompute=recompute)
+            return found | compute.stage1(
+                method, local, self.vocab, recompute=recompute, micro_batch=self.run.train.micro_batch
+            )
+        part = local.part(self.rows(images))
+        inside = compute.stage2_parts(self.qformer, part, self.language, recompute=recompute)
         rows = self.language_rows()
-        found["language model"] = compute.frozen_language(
-            self.language, images, rows.read, rows.predicted, images * rows.labels, recompute=recompute
+        inside["language model"] = compute.frozen_language(
+            self.language, part.images, rows.read, rows.predicted, part.images * rows.labels, recompute=recompute
         )
-        return found
+        if self.run.train.micro_batch is not None:
+            inside = {name: part.recomputed() * self.parts(images) for name, part in inside.items()}
+        return found | inside
 
     def language_rows(self) -> Rows:
         """Places of the language model; stage 2 only."""
@@ -97,12 +119,19 @@ class Subject:
         return rows_of(method.language, self.language, self.qformer.queries, self.texts)
 
     def kept(self, images: int, workers: int, keeping: Keeping) -> dict[str, float]:
-        """Bytes that the forward pass keeps for the backward pass, by part."""
+        """Bytes that the forward pass keeps for the backward pass, by part; with ``train.micro_batch`` those of the
+        images that are held at once, and what stays of the others."""
         local, recompute = self.local(images, workers), self.run.train.gradient_checkpointing
         copies = {"bf16 copies of weights": activations.weight_copies(keeping, self.products)}
         if self.language is None:
             method = cast(Blip2Stage1Config, self.run.method)
+            if self.run.train.micro_batch is not None:
+                return copies | activations.stage1_in_parts(
+                    keeping, method, local, self.rows(images), self.vocab, recompute=recompute
+                )
             return activations.stage1_parts(keeping, method, local, self.vocab, recompute=recompute) | copies
+        images = self.rows(images)
+        local = local.part(images)
         q, how = self.qformer, compute.reading(self.qformer, local.tokens, 1.0)
         rows = compute.Pass(images, q.queries, how=how)
         return {
@@ -117,6 +146,9 @@ class Subject:
 
     def working(self, images: int, keeping: Keeping) -> float:
         """Bytes that come and go beside what is kept: gradients of logits, of shared weights, of the widest layer."""
+        # Autograd adds up what a batch's parts give a weight before it hands the sum over: a second gradient of all.
+        added = FP32 * self.trained if self.rows(images) < images else 0
+        images = self.rows(images)
         local, q = self.local(images, 1), self.qformer
         if self.language is None:
             method = cast(Blip2Stage1Config, self.run.method)
@@ -126,6 +158,7 @@ class Subject:
                 # second gradient of all that text passes share: autograd adds up the passes' before it hands one over.
                 table = self.vocab * q.width
                 shared = q.layers * (4 * q.width**2 + 2 * q.width * q.feed_forward) + table
+                shared = 0 if added else shared
                 logits = FP32 * max(2 * local.labels * self.vocab, shared + 2 * table - local.labels * self.vocab)
             rows = (3 if method.weights.itm > 0 else 1) * images * (q.queries + self.texts.mean)
             widest, width = q.feed_forward, q.width
@@ -134,12 +167,12 @@ class Subject:
             logits = (keeping.product + 3 * FP32) * elements
             rows = float(images * self.language_rows().read)
             widest, width = self.language.decoder.feed_forward, self.language.decoder.width
-        return max(logits, rows * (2 * keeping.product * widest + 3 * FP32 * width))
+        return added + max(logits, rows * (2 * keeping.product * widest + 3 * FP32 * width))
 
     def encoding(self, images: int, keeping: Keeping) -> float:
         """Bytes of the image encoder's forward pass at its widest: the widest tensor before and after its activation,
         and the tokens before and after a block in float32. Nothing else of the step is there at that time."""
-        tokens = self.vision.tokens * self.vision.width
+        tokens, images = self.vision.tokens * self.vision.width, self.rows(images)
         return images * (2 * keeping.product * self.vision.widest + 2 * FP32 * tokens) if self.inline else 0.0
 
     def batch_bytes(self, images: int, keeping: Keeping) -> float:

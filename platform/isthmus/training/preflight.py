@@ -178,9 +178,11 @@ def _cached_encoder(run: RunConfig, digests: Sequence[str], parent: ModelVersion
 
 
 def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, parent: ModelVersion | None) -> None:
+    from isthmus.data.manifest import Manifest
+
     field = "data.mixture" if run.data.mixture else "data.cache"
     mend = f"Build a cache for this recipe in another folder with `isthmus data cache`, and name it in {field}."
-    if meta.manifest_digest != digest:
+    if meta.manifest_digest != digest and meta.manifest_digest not in Manifest.load(data.url, verify=False).digests:
         raise DataError(f"The feature cache {data.cache} was made of other data than {data.url}.", mend)
     wanted = getattr(run.method, "vision", None)
     made = VisionConfig(**meta.vision)

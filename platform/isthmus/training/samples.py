@@ -127,7 +127,8 @@ def _features(module: StageModule, batch: Batch, rows: Tensor) -> Tensor | None:
 def _seen(stage: Stage, batch: Batch, rows: Tensor) -> list[Image.Image | None]:
     """Images as the model was trained on them, crop and flip included."""
     assert batch.pixels_BCHW is not None
-    pixels_BHWC = batch.pixels_BCHW[rows].float().cpu().permute(0, 2, 3, 1).numpy()
+    pixels_BCHW = batch.pixels_BCHW[rows] if batch.pixels_BCHW.ndim == 4 else batch.pixels_BCHW[rows, 0]
+    pixels_BHWC = pixels_BCHW.float().cpu().permute(0, 2, 3, 1).numpy()
     mean, std = getattr(stage.transform, "mean", None), getattr(stage.transform, "std", None)
     if mean is not None and std is not None:
         pixels_BHWC = pixels_BHWC * np.asarray(std, np.float32) + np.asarray(mean, np.float32)

@@ -2,7 +2,8 @@
 
 DeepSpeed keeps optimizer state in flat partitions whose borders depend on both, and refuses to read them back under
 another. Here each trained parameter and AdamW's two moments of it are whole tensors with their own name, so a run goes
-on with another number of workers or another ZeRO stage, and the files are plain safetensors.
+on with another number of workers or another ZeRO stage, and the files are plain safetensors. What a method counts
+outside its parameters (:meth:`isthmus.contracts.StageModule.running_state`) is kept beside them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.contracts import StageModule
 from isthmus.errors import StorageError
 from isthmus.models.partition import whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
+RUNNING = "running"
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -27,16 +30,22 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def state_names(module: nn.Module) -> set[str]:
     """Names of all tensors of a training state: ``exp_avg/qformer.queries`` and so on."""
-    return {f"{kind}/{name}" for name in trained(module) for kind in KINDS}
+    return {f"{kind}/{name}" for name in trained(module) for kind in KINDS} | set(_running(module))
+
+
+def _running(module: nn.Module) -> dict[str, Tensor]:
+    state = module.running_state() if isinstance(module, StageModule) else {}
+    return {f"{RUNNING}/{name}": value for name, value in state.items()}
 
 
 def gather_state(engine: Any, *, stage: int, rank: int, world: int) -> dict[str, Tensor]:
     """This rank's share of the training state, float32 on the CPU; collective. Shares are disjoint and cover all.
+    A method's running state is rank 0's, in whatever type it is.
 
     Call it after at least one optimizer step: before, there are no moments.
     """
     _link_moments(engine, stage)
-    mine: dict[str, Tensor] = {}
+    mine = {name: value.clone() for name, value in _running(engine.module).items()} if rank == 0 else {}
     for number, (name, parameter) in enumerate(trained(engine.module).items()):
         for kind in KINDS:
             whole = _whole(engine, parameter, kind, stage)
@@ -48,7 +57,7 @@ def gather_state(engine: Any, *, stage: int, rank: int, world: int) -> dict[str,
 
 
 def load_parameters(module: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Writes the stored parameters into a module that no engine has taken yet.
+    """Writes the stored parameters, and a method's running state, into a module that no engine has taken yet.
 
     Args:
         read: tensor of a training state by name.
@@ -56,6 +65,8 @@ def load_parameters(module: nn.Module, read: Callable[[str], Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in trained(module).items():
             parameter.copy_(_fitting(read(f"parameter/{name}"), parameter, name))
+    if isinstance(module, StageModule):
+        module.load_running_state({name: read(f"{RUNNING}/{name}") for name in module.running_state()})
 
 
 def load_moments(engine: Any, read: Callable[[str], Tensor], *, stage: int, steps: int) -> None:

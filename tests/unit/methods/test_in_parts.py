@@ -10,7 +10,7 @@ import torch
 
 from isthmus.contracts import Stage
 from isthmus.methods import METHODS
-from method_cases import QFORMER, batch, build, recipe, samples
+from method_cases import batch, build, dropped, recipe, samples
 
 ROWS = 7
 METHOD_NAMES = sorted(METHODS)
@@ -22,8 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage_of(method: str, folder: Path, **changes: Any) -> Stage:
-    dropped = {"dropout": 0.1} if method == "projector" else {"qformer": QFORMER.model_copy(update={"dropout": 0.1})}
-    return build(recipe(method, folder, **dropped, **changes))
+    return build(recipe(method, folder, **dropped(method), **changes))
 
 
 def step(stage: Stage, micro_batch: int | None, number: int = 0) -> tuple[dict[str, float], dict[str, Any], int]:

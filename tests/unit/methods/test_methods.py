@@ -178,6 +178,8 @@ def test_who_can_do_what(folder: Path) -> None:
     assert can == {
         "blip2_stage1": ["Embeds", "Matches", "Captions", "Sees"],
         "blip2_stage2": ["Captions", "Sees"],
+        "co_optimise": ["Embeds", "Matches", "Sees"],
+        "guided": ["Embeds", "Matches", "Sees"],
         "projector": ["Embeds", "Sees"],
     }
 

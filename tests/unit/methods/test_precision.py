@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from isthmus.config import CompressionConfig
 from isthmus.methods import METHODS
 from isthmus.methods.parts import VisionNorm
 from isthmus.models.attention import CrossAttention, ImageTokens
@@ -16,7 +17,9 @@ from method_cases import batch, build, recipe, samples
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_autocast_losses_stay_close_and_in_float32(method: str, tmp_path: Path) -> None:
-    stage = build(recipe(method, tmp_path))
+    # Among tokens of nearly equal scores rounding chooses another one, and the loss jumps: here all of them stay.
+    changes = {"compression": CompressionConfig(layers=(0, 1), keep=(1.0,))} if method == "guided" else {}
+    stage = build(recipe(method, tmp_path, **changes))
     made = batch(stage, samples(stage, 8))
     exact = stage.module(made)
     with torch.autocast("cpu", dtype=torch.bfloat16):

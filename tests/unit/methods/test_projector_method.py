@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.config import load_run
+from isthmus.contracts import BuildContext
+from isthmus.losses.contrastive import contrast
+from isthmus.methods import METHODS, method_configs
+from isthmus.methods import projector as projector_method
+from isthmus.methods.projector import ProjectorConfig
 from isthmus.models.projector import HeadProjector, ImageProjector, TextProjector, TokenProjector
+from isthmus.models.vision import describe_vision
 from method_cases import batch, build, recipe, samples
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +36,60 @@ def test_sizes_are_freeze_aligns() -> None:
         image = ImageProjector(1024, 1024, 0.1, pool_first=False, class_token=True)
         text = TextProjector(1024, 1024, 0.1, per_token=True)
     assert parameters(image) + parameters(text) + 1 == 11_553_793
+
+
+def test_the_papers_recipe_is_the_papers_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DINOv2 ViT-L/14 at 256 pixels and RoBERTa-large: shapes, preprocessing and the number of trained parameters."""
+    config = load_run(ROOT / "pipelines/projector/paper.yaml", methods=method_configs())
+    method = config.method
+    assert isinstance(method, ProjectorConfig)
+    spec = describe_vision(method.vision)
+    assert (spec.tokens, spec.width) == (325, 1024)  # 18 x 18 and the class token
+    assert spec.transform.mean == (0.485, 0.456, 0.406) and spec.transform.std == (0.229, 0.224, 0.225)  # not CLIP's
+
+    class RobertaLarge(torch.nn.Module):
+        width, tokenizer, base = 1024, None, None
+
+    monkeypatch.setattr(projector_method, "build_sentence_encoder", lambda _config: RobertaLarge())
+    monkeypatch.setattr(projector_method, "own_tokenizer", lambda tokenizer: tokenizer)
+    module = METHODS["projector"].build(method, BuildContext(with_vision=False)).module
+    assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 11_553_793
+    assert config.train.global_batch // config.cluster.most_workers == 1800
+    assert method.contrast_over == "local" and ProjectorConfig().contrast_over == "global"
+
+
+class _FirstOfTwo:
+    """The first of two ranks, which may sum and must not gather."""
+
+    rank, world_size = 0, 2
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.detach()
+
+    def max(self, value: int) -> int:
+        return value
+
+
+def test_local_contrast_is_cross_entropy_over_the_own_rows(folder: Path) -> None:
+    stage = build(recipe("projector", folder, contrast_over="local"), _FirstOfTwo())  # type: ignore[arg-type]
+    module, rows = stage.module.eval(), samples(stage, 6)
+    given = batch(stage, rows)
+    image, text = module.embed_images(given.features_BND)[:, 0], module.embed_texts(given.texts)
+    sims, target = image @ text.T / 0.07, torch.arange(6)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = (cross_entropy(sims, target) + cross_entropy(sims.T, target)) / 2
+    terms = module(given)
+    torch.testing.assert_close(terms.total.detach(), expected, rtol=1e-5, atol=1e-5)
+    terms.total.backward()
+    assert module.temperature.grad is not None
+    assert stage.references(12)["itc"].chance == pytest.approx(torch.tensor(6.0).log().item())
+    with pytest.raises(AttributeError):  # the global contrast asks the other rank
+        contrast(image.unsqueeze(1), text, torch.ones(1), given.valid_B, _FirstOfTwo())  # type: ignore[arg-type]
+
+
+def test_local_contrast_and_a_detached_gather_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="itc_gather cannot be 'detached'"):
+        ProjectorConfig(contrast_over="local", itc_gather="detached")
 
 
 @pytest.mark.parametrize("kind", ["pooled", "tokens"])

@@ -6,7 +6,7 @@ import torch
 from isthmus.config.schema import TextConfig
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models.text import build_sentence_encoder, load_bert, load_tokenizer
-from isthmus.testing.backbones import tiny_bert, tiny_lm
+from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_t5
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,15 @@ def test_it_never_leaves_eval_mode_and_takes_no_gradient(config):
     assert not any(p.requires_grad for p in encoder.parameters())
     assert encoder.base.role == "text"
     assert encoder.base.digest == build_sentence_encoder(config).base.digest
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5"])
+def test_language_models_encode_sentences_too(family, tmp_path):
+    config = tiny_t5(tmp_path) if family == "t5" else tiny_lm(tmp_path, family)
+    encoder = build_sentence_encoder(TextConfig(weights=config.weights, max_length=16))
+    short, long = "a red cat", "two dogs in a house"
+    _, alone_BD = encoder(*encoder.tokenize([short]))
+    tokens_BTD, both_BD = encoder(*encoder.tokenize([short, long]))
+    assert torch.allclose(alone_BD[0], both_BD[0], atol=1e-5)
+    assert tokens_BTD.shape[-1] == encoder.width == 32
+    assert not torch.allclose(both_BD[0], both_BD[1], atol=1e-2)

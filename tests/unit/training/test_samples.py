@@ -19,6 +19,7 @@ from method_cases import batch, build, recipe, samples
 
 WAYS = {
     "blip2_stage1": {"generated", "matched"}, "blip2_stage2": {"generated"}, "projector": {"matched"},
+    "guided": {"matched"},
 }  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Candidate:
         captions: the main one first, at least one.
         path: the image as the package carries it.
         meta: written beside the sample as JSON.
+        sound: a sound file of its own, or None.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Candidate:
     captions: tuple[str, ...]
     path: Path
     meta: Mapping[str, Any] = field(default_factory=dict)
+    sound: Path | None = None
 
 
 @dataclass

@@ -18,14 +18,17 @@ from PIL import Image
 
 from isthmus import packages, storage
 from isthmus.data.shardwriter import Format, Pair, ShardFile, write_shards
-from isthmus.data.sources import clipart, destination, emoji, images, scenes, split, stamps
+from isthmus.data.sources import clipart, destination, emoji, images, scenes, sounds, split, stamps
 from isthmus.data.sources.candidate import Candidate, Gathered, Source
+from isthmus.data.sources.clips import CLIPS, fetch_clips
 from isthmus.data.sources.report import FetchReport, SourceReport
 from isthmus.data.sources.text import comparable
 from isthmus.errors import DataError, nearest
 from isthmus.progress import progress
 
 SOURCES: dict[str, Source] = {source.name: source for source in (emoji.SOURCE, stamps.SOURCE, clipart.SOURCE)}
+HEARD: dict[str, Source] = {sounds.SOURCE.name: sounds.SOURCE}
+"""Pairs of an image and a sound; no part of ``all``."""
 SCENES = "scenes"
 
 _VERSION = 2  # of what is written for a request; raised when cleaning or layout change
@@ -44,10 +47,12 @@ class _Image:
     look: images.Look
     resized: bool
     data: Path | bytes
+    sound: Path | None = None
 
     def pair(self) -> Pair:
+        sound = (self.sound.read_bytes(), self.sound.suffix[1:]) if self.sound else None
         data = self.data if isinstance(self.data, bytes) else self.data.read_bytes()
-        return Pair(self.key, data, self.extension, self.captions, {**self.meta, "source": self.source})
+        return Pair(self.key, data, self.extension, self.captions, {**self.meta, "source": self.source}, sound)
 
 
 @dataclass
@@ -79,7 +84,8 @@ def fetch(
     No caption and no image is in both splits.
 
     Args:
-        name: ``emoji``, ``stamps``, ``clipart``, ``all`` (the three), or ``scenes`` (drawn, see ``synthetic``).
+        name: ``emoji``, ``stamps``, ``clipart``, ``all`` (the three); ``sounds``, images with a sound each; or drawn:
+            ``scenes`` (see ``synthetic``), and ``clips`` with sound, held out by the objects that are seen together.
         out: folder or URL.
         parquet: Parquet files (key, image, captions, meta) in place of webdataset tars.
         synthetic: draw scenes of coloured shapes instead of fetching anything.
@@ -94,6 +100,10 @@ def fetch(
         StorageError: ``out`` cannot be written.
     """
     started = time.monotonic()
+    if (name == CLIPS or name in HEARD) and (parquet or synthetic):
+        raise DataError(f"'{name}' is written as tars, and as it is.", "Leave --parquet and --synthetic out.")
+    if name == CLIPS:
+        return fetch_clips(out, limit=limit, seed=seed, heldout=heldout, shard_size=shard_size)
     chosen = _chosen(name)
     synthetic = synthetic or name == SCENES
     request = {
@@ -128,8 +138,10 @@ def fetch(
 def _chosen(name: str) -> tuple[Source, ...]:
     if name in ("all", SCENES):
         return tuple(SOURCES.values())
+    if name in HEARD:
+        return (HEARD[name],)
     if name not in SOURCES:
-        known = [*SOURCES, "all", SCENES]
+        known = [*SOURCES, "all", *HEARD, SCENES, CLIPS]
         raise DataError(f"There is no image-text set '{name}'.{nearest(name, known)}", f"Known: {', '.join(known)}.")
     return (SOURCES[name],)
 
@@ -219,7 +231,15 @@ def _prepare(
                 dropped[one.source][ready if isinstance(ready, str) else "key used twice"] += 1
                 continue
             made[one.key] = _Image(
-                one.key, one.source, one.captions, one.meta, ready.extension, ready.look, ready.resized, ready.path
+                one.key,
+                one.source,
+                one.captions,
+                one.meta,
+                ready.extension,
+                ready.look,
+                ready.resized,
+                ready.path,
+                one.sound,
             )
     return list(made.values())
 

@@ -10,15 +10,15 @@ from isthmus import packages
 from isthmus.data.sources.candidate import Candidate, Gathered, Package, Source, safe_key
 from isthmus.data.sources.text import distinct, first_sentence, lower_opener, tidy
 
-_PACKAGE = "tuxpaint-stamps-default"
-_ROOT = "usr/share/tuxpaint/stamps/"
+PACKAGE = "tuxpaint-stamps-default"
+ROOT = "usr/share/tuxpaint/stamps/"
 _MAX_WORDS = 24
 
 
 def gather(archives: Mapping[str, Path], scratch: Path) -> Gathered:
     """PNG stamps with a description. Vector-only stamps and mirrored doubles are left out."""
     kept = {}
-    for member, file in packages.members(archives[_PACKAGE], lambda n: n.startswith(_ROOT)):
+    for member, file in packages.members(archives[PACKAGE], lambda n: n.startswith(ROOT)):
         suffix = PurePosixPath(member).suffix
         if suffix in (".png", ".txt", ".svg"):
             kept[member] = scratch / member
@@ -43,7 +43,7 @@ def _add(found: Gathered, kept: Mapping[str, Path], base: str) -> None:
     if not captions:
         found.dropped["no caption"] += 1
         return
-    name = base.removeprefix(_ROOT)
+    name = base.removeprefix(ROOT)
     meta = {"category": str(PurePosixPath(name).parent)}
     found.candidates.append(Candidate(safe_key("stamps", name), "stamps", captions, kept[f"{base}.png"], meta))
 
@@ -65,7 +65,7 @@ SOURCE = Source(
     packages=(
         Package(
             "debian",
-            _PACKAGE,
+            PACKAGE,
             "2022.06.04-1",
             "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
             "GPL-2",
