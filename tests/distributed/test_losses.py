@@ -14,6 +14,7 @@ from isthmus.contracts import Comm, LocalComm
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import LossWeights
+from isthmus.methods.co_optimise_config import AttentionConfig, CrossConfig, MatchConfig, WeightingConfig
 from isthmus.testing.gloo import run_ranks
 from method_cases import QFORMER, batch, build, dropped, recipe, samples
 
@@ -24,6 +25,7 @@ LR = dict.fromkeys(
     ("blip2_stage2", "stage 2, in parts"), 0.0005
 )  # its small random language model is steep: larger steps blow up rounding
 LR_ELSE = 0.005
+AWAKE = {"attention": AttentionConfig(heads=4, kind="top_k", top_k=3, zero_init=False)}
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
 DROPPED = QFORMER.model_copy(update={"dropout": 0.1})
 SHRINKING = CompressionConfig(layers=(0, 1), keep=(0.5,), warmup_steps=2, shrink_steps=5)
@@ -38,6 +40,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "guided, scheduled": ("guided", {"pairs_every": 2, "mlm_every": 3, "compression": SHRINKING}),
     "guided, in parts": ("guided", dropped("guided")),
     "projector, in parts": ("projector", {"dropout": 0.1}),
+    "co-optimised, in parts": (
+        "co_optimise",
+        {"dropout": 0.1, "cross": CrossConfig(margin=0.2), "weighting": WeightingConfig(kind="uncertainty")},
+    ),
+    "co-optimised, apart": (
+        "co_optimise",
+        {"shared": False, "itm": MatchConfig(), "weighting": WeightingConfig(kind="dwa", period=3), **AWAKE},
+    ),
+    "co-optimised, matching alone": (
+        "co_optimise",
+        {"alpha": 0.0, "beta": 0.0, "attention": AttentionConfig(heads=4, kind="favor", features=32)},
+    ),
+    "co-optimised, to the letter": (
+        "co_optimise",
+        {
+            "attention": AttentionConfig(projections=False),
+            "itm": MatchConfig(),
+            "symmetric": False,
+            "beta": 0.01,
+            "cross": CrossConfig(loss="literal", reduction="sum"),
+            "normalise": False,
+            "itc_gather": "detached",
+        },
+    ),
     "projector, detached": ("projector", {"itc_gather": "detached", "text_features": "tokens"}),
 }
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
+GENTLE = 0.1
 
 
 def literal_rows(attended_BND: Tensor, mask_BN: Tensor, reduction: Reduction) -> Tensor:
@@ -29,13 +30,14 @@ def literal_rows(attended_BND: Tensor, mask_BN: Tensor, reduction: Reduction) ->
 
 def aligned_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor, reduction: Reduction) -> Tensor:
     """|LN(attended) - LN(token)|^2 with the token held fixed, [B]: the context that a token gathers from the other
-    modality is to reproduce it. Our completion, after SCAN (Lee et al. 2018) and SPARC (Bica et al. 2024).
+    modality is to reproduce it. Our completion, after SCAN (Lee et al. 2018) and SPARC (Bica et al. 2024). The context's
+    norm adds GENTLE to its variance: an output map that starts at zero would meet a slope of hundreds otherwise.
 
     Arguments are those of :func:`literal_rows`. ``mean`` is 1 where the context is zero, and 2 where it has nothing to
     do with the token.
     """
     width = attended_BND.shape[-1:]
-    gap_BND = F.layer_norm(attended_BND.float(), width) - F.layer_norm(tokens_BND.detach().float(), width)
+    gap_BND = F.layer_norm(attended_BND.float(), width, eps=GENTLE) - F.layer_norm(tokens_BND.detach().float(), width)
     return _reduced(gap_BND.square(), mask_BN, reduction)
 
 
