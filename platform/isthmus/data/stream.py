@@ -77,7 +77,7 @@ def train_batches(
     steps = range(start_step, stop_step)
     if data.placement == "cached":
         caches = _open_caches(data, stage, sets)
-        source, blank = _cached_rows(caches, sets, order, rank, world, steps)
+        source, blank = _cached_rows(caches, stage, sets, order, rank, world, steps)
         captions_of = _cached_captions(caches, sets)
     else:
         streamed = encoding if data.placement == "streamed" else None
@@ -234,7 +234,13 @@ def _on_threads(
 
 
 def _cached_rows(
-    caches: Sequence[FeatureCache], sets: Sets, order: SampleOrder, rank: int, world: int, steps: range
+    caches: Sequence[FeatureCache],
+    stage: Stage,
+    sets: Sets,
+    order: SampleOrder,
+    rank: int,
+    world: int,
+    steps: range,
 ) -> tuple[Iterable[LocalRows], Sample]:
     shape = (caches[0].meta.tokens, caches[0].meta.width)
     blank = _blank(clip_transform(stage.transform), 0)

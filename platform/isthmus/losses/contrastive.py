@@ -86,12 +86,15 @@ def contrast(
             all ranks; the loss depends on their number.
         symmetric: False takes the loss of images looking for their texts alone.
     """
-    everyone, comm = comm, LocalComm() if own_rows else comm
-    images_GQE = comm.gather(images_BQE, grad=full_gradient)
-    texts_GE = comm.gather(texts_BE, grad=full_gradient)
+    near = LocalComm() if own_rows else comm
+    images_GQE = near.gather(images_BQE, grad=full_gradient)
+    texts_GE = near.gather(texts_BE, grad=full_gradient)
     i2t_BG = best_query(images_BQE, texts_GE) / temperature
     t2i_BG = best_query_of_columns(texts_BE, images_GQE) / temperature
-    return contrast_of(i2t_BG, t2i_BG, valid_B, comm, smoothing=smoothing, image_ids_B=image_ids_B)
+    return contrast_of(
+        i2t_BG, t2i_BG, valid_B, comm,
+        smoothing=smoothing, image_ids_B=image_ids_B, own_rows=own_rows, symmetric=symmetric,
+    )  # fmt: skip
 
 
 def contrast_of(
@@ -102,13 +105,16 @@ def contrast_of(
     *,
     smoothing: float = 0.0,
     image_ids_B: Tensor | None = None,
+    own_rows: bool = False,
+    symmetric: bool = True,
 ) -> Contrast:
     """The same of logits that are there already: local images against global texts, local texts against global images.
     The other arguments are those of :func:`contrast`."""
-    valid_G = comm.gather(valid_B, grad=False)
-    positives_BG = _positives(valid_B, valid_G, image_ids_B, comm)
+    near = LocalComm() if own_rows else comm
+    valid_G = near.gather(valid_B, grad=False)
+    positives_BG = _positives(valid_B, valid_G, image_ids_B, near)
     losses_B = [_cross_entropy(logits, positives_BG, valid_G, smoothing) for logits in (i2t_BG, t2i_BG)]
-    mean = GlobalMean(valid_B, everyone)
+    mean = GlobalMean(valid_B, comm)
     loss_B = (losses_B[0] + losses_B[1]) / 2 if symmetric else losses_B[0]
     return Contrast(mean(loss_B), i2t_BG, t2i_BG, positives_BG, valid_G, mean)
 
