@@ -85,7 +85,7 @@ def train(method: str, home: Path, shell: Shell, steps: int) -> dict[str, Any]:
     return shell(
         "train", str(file), f"name={method}", f"storage={home}/runs", f"data.train={home}/data",
         "data.max_cut_share=1.0", f"train.steps={steps}", "train.global_batch=8", "train.log_every=1",
-        "train.checkpoint_every=2", "cluster.workers=1", f"model.name={method}",
+        "train.checkpoint_every=2", "cluster.workers=1", f"model={{name: {method}}}",
     )  # fmt: skip
 
 
