@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
-GENTLE = 0.1
+GENTLE = 0.05
+"""Added to the attended context's variance where it is normalised. The context of an output map that starts at zero is
+zero, and would meet a slope without bound there."""
 
 
 def literal_rows(attended_BND: Tensor, mask_BN: Tensor, reduction: Reduction) -> Tensor:
@@ -30,8 +32,7 @@ def literal_rows(attended_BND: Tensor, mask_BN: Tensor, reduction: Reduction) ->
 
 def aligned_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor, reduction: Reduction) -> Tensor:
     """|LN(attended) - LN(token)|^2 with the token held fixed, [B]: the context that a token gathers from the other
-    modality is to reproduce it. Our completion, after SCAN (Lee et al. 2018) and SPARC (Bica et al. 2024). The context's
-    norm adds GENTLE to its variance: an output map that starts at zero would meet a slope of hundreds otherwise.
+    modality is to reproduce it. Our completion, after SCAN (Lee et al. 2018) and SPARC (Bica et al. 2024).
 
     Arguments are those of :func:`literal_rows`. ``mean`` is 1 where the context is zero, and 2 where it has nothing to
     do with the token.
@@ -42,8 +43,11 @@ def aligned_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor, redu
 
 
 def agreement_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor) -> Tensor:
-    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN)."""
-    cosine_BN = F.cosine_similarity(attended_BND.float(), tokens_BND.float(), dim=-1)
+    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN). What has
+    little norm counts for little; see GENTLE."""
+    attended, tokens = attended_BND.float(), F.normalize(tokens_BND.float(), dim=-1)
+    length_BN = (attended.square().sum(-1) + GENTLE * attended.shape[-1]).sqrt()
+    cosine_BN = (attended * tokens).sum(-1) / length_BN
     return (cosine_BN * mask_BN).sum(1) / mask_BN.sum(1).clamp(min=1)
 
 
