@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from isthmus.methods import METHODS
 from isthmus.registry import show_model
 from isthmus.registry.store import client
 from isthmus.testing.shards import make_dataset
+from isthmus.training.cost import read_cost
 from isthmus.training.driver import fit
 from isthmus.training.metrics import read_rows
 
@@ -81,6 +83,22 @@ def test_a_finished_run_returns_at_once_and_under_a_new_alias(root: str, calm: M
     assert file.stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"train\.lr: was 0\.01, is 0\.5"):
         fit(tiny.recipe(root, "calm", model=MODEL, train={"lr": 0.5}), progress=False)
+
+
+def test_without_workers_this_process_trains_with_the_same_result(root: str, calm: ModelVersion) -> None:
+    here = {"workers": 0}
+    threads = torch.get_num_threads()
+    for steps in (6, 9):  # interrupted after six, and another run before it goes on
+        alone = fit(tiny.recipe(root, "alone", train={"steps": steps}, cluster=here), progress=False)
+        fit(tiny.recipe(root, f"beside-{steps}", train={"steps": 2}, cluster=here), progress=False)
+    assert losses(root, "alone").keys() == {1, 3, 6, 9}
+    assert losses(root, "alone")[3] == pytest.approx(losses(root, "calm")[3], rel=1e-5)
+    assert weights(alone).keys() == weights(calm).keys()
+    assert torch.get_num_threads() == threads and "LOCAL_RANK" not in os.environ
+    cost = read_cost(f"{root}/runs/alone")
+    assert cost["seconds"] > cost["stepping_seconds"] > 0 and cost["trainable_parameters"] > 0
+    with pytest.raises(IsthmusError, match="no finite number at step 4"):
+        fit(tiny.recipe(root, "nan-here", method={"nan_at": 4}, cluster=here), progress=False)
 
 
 @pytest.mark.slow  # `make chaos` has it too, with every other death

@@ -109,6 +109,7 @@ def test_what_is_written_out_reads_back_equal(tmp_path: Path) -> None:
         ("train.global_batch=5", "does not divide among"),
         ("cluster.workers=[4, 2]", "or two of them, [fewest, most]"),
         ("cluster.workers=many", "a whole number above 0"),
+        ("cluster.workers=[0, 2]", "a whole number above 0"),
     ],
 )
 def test_a_fault_names_its_key_and_the_mend(override: str, says: str) -> None:
@@ -127,6 +128,9 @@ def test_workers_are_a_number_or_a_range() -> None:
     assert (run("cluster.workers=4").cluster.most_workers, run().cluster.elastic) == (4, False)
     cluster = run("cluster.workers=[1, 4]").cluster
     assert (cluster.workers, cluster.most_workers, cluster.elastic) == ((1, 4), 4, True)
+    alone = run("cluster.workers=0").cluster
+    assert (alone.in_process, alone.most_workers, alone.elastic) == (True, 1, False)
+    assert not any(run(f"cluster.workers={n}").cluster.in_process for n in ("1", "[1, 2]"))
 
 
 @pytest.mark.parametrize("word", ["train.steps", "=3", " = 3"])

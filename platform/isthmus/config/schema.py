@@ -275,10 +275,12 @@ class TrainConfig(Config):
 
 
 def _number_or_range(value: Any) -> Any:
-    """One number of workers, or the fewest and the most."""
+    """One number of workers, 0 for none beside the driver, or the fewest and the most."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     if isinstance(value, str) and value.isdecimal():
         numbers = [int(value)]
+    if len(numbers) == 1 and type(numbers[0]) is int and numbers[0] == 0:
+        return 0
     if len(numbers) > 2 or not all(type(n) is int and n > 0 for n in numbers) or numbers != sorted(numbers):
         raise ValueError("expected a whole number above 0, or two of them, [fewest, most]")
     return tuple(numbers) if len(numbers) == 2 else numbers[0]
@@ -293,7 +295,8 @@ class ClusterConfig(Config):
     workers: Workers = Field(
         2,
         description="data-parallel training processes; [fewest, most] takes as many as the cluster has room for, and "
-        "fewer or more as nodes go and come",
+        "fewer or more as nodes go and come; 0 trains in this very process, with the result of one worker and without "
+        "the time that one takes to start: for small runs, which nothing then restarts",
     )
     resize_every_s: Annotated[float, Field(gt=0)] = Field(
         60, description="with a range of workers: seconds between looks at whether there is room for more"
@@ -314,9 +317,14 @@ class ClusterConfig(Config):
         return isinstance(self.workers, tuple)
 
     @property
+    def in_process(self) -> bool:
+        """Whether the driver's own process trains."""
+        return self.workers == 0
+
+    @property
     def most_workers(self) -> int:
-        """The number of workers, or the upper end of the range."""
-        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+        """The number of training processes, or the upper end of the range."""
+        return self.workers[1] if isinstance(self.workers, tuple) else max(1, self.workers)
 
 
 class ZeroConfig(Config):

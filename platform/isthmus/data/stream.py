@@ -86,6 +86,11 @@ def train_batches(
         source = _of_one_encoder(source, on_encoder)
         captions_of = stored_captions(sets)
     if data.shuffled_pairs:
+        if heard is not None:
+            raise DataError(
+                "data.shuffled_pairs exchanges captions, and this recipe pairs what is seen with what is heard.",
+                "Leave it out.",
+            )
         source = with_others_captions(source, order, rank, world, seed, captions_of)
     if stage.needs_image_ids:
         for manifest in sets.manifests:

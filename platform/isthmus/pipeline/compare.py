@@ -1,7 +1,7 @@
 """Several trained and evaluated models side by side: one table for people, machines and documentation.
 
-Nothing is computed here but intervals; every figure is a field of an earlier step's result, and one that is not there
-is an error, never a blank.
+Nothing is computed here; every figure is a field of an earlier step's result, and one that is not there is an error,
+never a blank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -41,11 +40,6 @@ COLUMNS: Columns = {
     "data_digest": "evaluate.data_digest",
 }
 """Figure -> ``train.`` or ``evaluate.`` and a field of that step's result. Of several fields the largest is taken."""
-
-TRIALS = {"evaluate.tr_at_": "evaluate.images", "evaluate.ir_at_": "evaluate.captions"}
-"""Fields that are shares of a count, by their beginning, and that count: such figures get an interval."""
-
-CONFIDENCE = 0.95
 
 
 class CompareRow(Config):
@@ -145,16 +139,15 @@ def _row(results: Mapping[str, Result], row: CompareRow, columns: Columns) -> Re
         asked = (fields,) if isinstance(fields, str) else fields
         values = [_figure(results, row, field, name) for field in asked]
         found[name] = values[0] if len(values) == 1 else max(values)
-        if len(asked) == 1 and (count := _count_of(asked[0])):
-            trials = int(_figure(results, row, count, name))
-            found[f"{name}_interval"] = wilson(float(found[name]), trials)
+        if len(asked) == 1 and (interval := _interval(results, row, asked[0])):
+            found[f"{name}_interval"] = interval
     return found
 
 
-def _count_of(field: str) -> str | None:
-    if field.endswith("_chance"):
-        return None
-    return next((count for start, count in TRIALS.items() if field.startswith(start)), None)
+def _interval(results: Mapping[str, Result], row: CompareRow, field: str) -> list[float] | None:
+    """The evaluation's own 95 % interval of a figure that it gives one for."""
+    role, _, key = field.partition(".")
+    return results[row.evaluate].get(f"{key}_ci95") if role == "evaluate" else None
 
 
 def _figure(results: Mapping[str, Result], row: CompareRow, field: str, name: str) -> Any:
@@ -175,16 +168,6 @@ def _figure(results: Mapping[str, Result], row: CompareRow, field: str, name: st
             "and run the pipeline again.",
         )
     return value
-
-
-def wilson(share: float, trials: int) -> list[float]:
-    """The 95 % interval of a share of ``trials`` independent ones (Wilson 1927). It keeps within 0 and 1 and has a
-    width also where nothing or everything was hit. Images that look alike are not quite independent, and another seed
-    of training is a variation of its own: neither is in it."""
-    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    reach = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
-    return [round(max(0.0, middle - reach), 6), round(min(1.0, middle + reach), 6)]
 
 
 def unknown_steps(options: CompareOptions, earlier: Sequence[str]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from isthmus.training.metrics import Shipper, Spool, mlflow_file_sender, mlflow_
 from isthmus.training.preflight import Plan
 from isthmus.training.tracked import Tracked, control_tags
 from isthmus.training.watch import Watch
-from isthmus.training.worker import Job, TrainingError, train_worker
+from isthmus.training.worker import Job, TrainingError, train_here, train_worker
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,10 @@ def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
     status = "FAILED"
     try:
         with watch:
-            _run_trainer(plan.run, job)
+            if plan.run.cluster.in_process:
+                train_here(job)
+            else:
+                _run_trainer(plan.run, job)
         if (error := ray.get(spool.failure.remote())) is not None:
             raise error
         status = "FINISHED"

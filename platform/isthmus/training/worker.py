@@ -84,6 +84,33 @@ def _all_failed(job: Job, world: int, patience_s: float = 5.0) -> bool:
     return False
 
 
+def train_here(job: Job) -> None:
+    """The same in this process, as the only rank. The process group stays for the next run: DeepSpeed keeps hold of it.
+
+    Raises:
+        IsthmusError: a fault that another try would meet again, as under Ray Train. Others are raised as they are.
+    """
+    gpu = job.run.cluster.gpus_per_worker > 0
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1)
+    threads, rank_known = torch.get_num_threads(), "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    try:
+        if not gpu:
+            _use_cores(1)
+        Worker(job, device, ActorOut(job.spool)).train()
+    except Exception as error:
+        if (fatal := as_fatal(error)) is not None:
+            raise fatal from error
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        if not rank_known:
+            del os.environ["LOCAL_RANK"]
+
+
 class Worker:
     """One rank of a run. Needs an initialised process group, and no Ray.
 
