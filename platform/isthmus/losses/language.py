@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from isthmus.contracts import Comm, Reference
 from isthmus.losses.contrastive import smoothing_floor
@@ -76,6 +77,10 @@ def frozen_head_loss(
     return total
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_KM: Tensor, targets_K: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
@@ -83,7 +88,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = hidden_KM.new_zeros((), dtype=torch.float32)
         slopes = torch.empty_like(hidden_KM) if wanted else None
         for start in range(0, len(hidden_KM), rows):
-            with torch.set_grad_enabled(wanted):
+            # Its graph is done with at once: under gradient checkpointing, whose hooks take away what is kept and make
+            # it anew, the whole forward pass would run here once more.
+            with torch.set_grad_enabled(wanted), saved_tensors_hooks(_same, _same):
                 part = hidden_KM[start : start + rows].detach().requires_grad_(wanted)
                 loss = F.cross_entropy(head(part).float(), targets_K[start : start + rows], reduction="sum")
             if slopes is not None:

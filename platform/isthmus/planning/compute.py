@@ -281,7 +281,14 @@ def frozen_stack(stack: Stack, sequences: int, places: int) -> Flops:
 
 
 def frozen_language(
-    language: Language, sequences: int, read: int, predicted: int, labels: float, *, recompute: bool = False
+    language: Language,
+    sequences: int,
+    read: int,
+    predicted: int,
+    labels: float,
+    *,
+    recompute: bool = False,
+    again: bool = False,
 ) -> Flops:
     """A frozen language model behind a soft prompt, its output layer at label positions.
 
@@ -292,15 +299,21 @@ def frozen_language(
         labels: K of all sequences.
         recompute: gradient checkpointing, which makes all but the output layer once more; of each layer not its last
             product, since torch stops when it has what the backward pass reads, and frozen weights read no input.
+        again: the whole forward pass once more, in which the output layer's gradient is made as well
+            (:func:`isthmus.losses.language.frozen_head_loss`).
     """
     found = _frozen_once(language, sequences, read, predicted, labels)
+    head = linear(labels, language.decoder.width, language.vocab, weight=False)
+    if again:
+        whole = frozen_language(language, sequences, read, predicted, labels, recompute=recompute)
+        return whole.recomputed() + Flops(0.0, head.backward)
     if not recompute:
         return found
-    again = found.forward - linear(labels, language.decoder.width, language.vocab, weight=False).forward
+    more = found.forward - head.forward
     for stack, places in ((language.decoder, predicted or read), (language.encoder, read)):
         if stack is not None:
-            again -= 2.0 * sequences * places * stack.layers * stack.width * stack.feed_forward
-    return found + Flops(0.0, again)
+            more -= 2.0 * sequences * places * stack.layers * stack.width * stack.feed_forward
+    return found + Flops(0.0, more)
 
 
 def _frozen_once(language: Language, sequences: int, read: int, predicted: int, labels: float) -> Flops:

@@ -104,12 +104,15 @@ class Subject:
             )
         part = local.part(self.rows(images))
         inside = compute.stage2_parts(self.qformer, part, self.language, recompute=recompute)
+        again = self.run.train.micro_batch is not None
+        if again:
+            inside = {name: flops.recomputed() for name, flops in inside.items()}
         rows = self.language_rows()
         inside["language model"] = compute.frozen_language(
-            self.language, part.images, rows.read, rows.predicted, part.images * rows.labels, recompute=recompute
-        )
-        if self.run.train.micro_batch is not None:
-            inside = {name: part.recomputed() * self.parts(images) for name, part in inside.items()}
+            self.language, part.images, rows.read, rows.predicted, part.images * rows.labels, recompute=recompute,
+            again=again,
+        )  # fmt: skip
+        inside = {name: flops * self.parts(images) for name, flops in inside.items()}
         return found | inside
 
     def language_rows(self) -> Rows:

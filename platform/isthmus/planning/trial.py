@@ -34,6 +34,8 @@ NAME = "language model"
 """Of the part among those of a step."""
 _COLD = 2**26
 """Bytes of weights that a trial cycles through, so that caches do not hold them from one block to the next call."""
+_WIDE = 2**27
+"""Elements of an output layer's matrix at most: half a gigabyte says as much as more."""
 _OPERATIONS = 2e11
 """Of one trial at most; of a larger batch some sequences are taken, of a larger vocabulary some rows."""
 
@@ -100,6 +102,8 @@ class Trial:
             soft_BSL.grad = None
             with self._casts():
                 (found,) = in_parts(hidden, sequences, soft_BSL, mask_BS) if self.again else hidden(soft_BSL, mask_BS)
+            if not found.requires_grad:  # a decoder without blocks reads no encoder
+                return
             if found.shape == slope_BSL.shape:
                 found.backward(slope_BSL)
             else:  # projected to another width behind the last block, as OPT-350m does
@@ -126,7 +130,7 @@ class Trial:
         """The output layer and its loss, chunk by chunk as training computes them."""
         width, vocab = self.language.decoder.width, self.language.vocab
         labels = max(1, round(self.sequences * self.rows.labels))
-        wide = min(vocab, int(8 * _COLD / width))  # a matrix of half a gigabyte says as much as a larger one
+        wide = min(vocab, max(1, _WIDE // width))
         some = max(1, min(labels, int(_OPERATIONS / (4.0 * width * wide))))
         head = nn.Linear(width, wide, bias=False, dtype=self.dtype).requires_grad_(False)
         hidden_KM = self._states(1, some, width)[0].requires_grad_()
