@@ -1,4 +1,4 @@
-"""Two frozen encoders of one latent (CKA high) can be joined by projectors; of independent latents (CKA low) they cannot.
+"""Two frozen encoders of one latent (CKA high) can be joined by projectors; of independent latents (CKA low) not.
 
 The encoders are random networks that are never trained; what they see is all that differs.
 """
