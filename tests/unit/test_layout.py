@@ -31,7 +31,7 @@ def test_platform_is_a_source_root_and_shadows_nothing() -> None:
 
 def test_job_entry_points_are_thin_and_start() -> None:
     jobs = sorted((ROOT / "jobs").glob("*.py"))
-    assert {j.stem for j in jobs} == {"train", "caption", "evaluate", "embed", "serve", "pipeline", "data"}
+    assert {j.stem for j in jobs} == {"train", "caption", "evaluate", "embed", "serve", "pipeline", "data", "align"}
     for job in jobs:
         assert len(job.read_text(encoding="utf-8").splitlines()) <= 40, job
     ran = subprocess.run([sys.executable, jobs[0], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)

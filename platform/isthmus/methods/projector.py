@@ -177,7 +177,7 @@ class Projector(SeeingModule):
 
     def _image_vectors(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
         def vectors(features: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
-            return (self.image_projector(features.to(self.temperature.dtype), noise),)
+            return (self.image_projector(features, noise),)
 
         return F.normalize(self._made(vectors, features_BND, noise_B).float(), dim=-1)
 

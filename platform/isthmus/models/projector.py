@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from isthmus.models.noise import KeyedDropout, subkeys
 
+_CACHED_VALUES = 1 << 18  # a mebibyte of float32: what a core's own cache holds
+
 
 class TokenProjector(nn.Module):
     """Norm and dropout, then a linear path and a two-layer path, added. [..., D] -> [..., E].
@@ -57,12 +59,14 @@ class ImageProjector(nn.Module):
         self.class_token = TokenProjector(width, embed, dropout) if class_token else None
 
     def forward(self, x_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
+        """``x_BND`` may be of another type than the parameters, such as a cache's float16."""
+        dtype = self.tokens.linear.weight.dtype
         rest_BND = x_BND[:, 1:] if self.class_token is not None else x_BND
         if self.pool_first:
-            out_BE = self.tokens(rest_BND.mean(1), noise_B)
+            out_BE = self.tokens(mean_token(rest_BND).to(dtype), noise_B)
         else:
-            out_BE = self.tokens(rest_BND, _by_place(noise_B, rest_BND.shape[1])).mean(1)
-        return out_BE if self.class_token is None else out_BE + self.class_token(x_BND[:, 0], noise_B)
+            out_BE = self.tokens(rest_BND.to(dtype), _by_place(noise_B, rest_BND.shape[1])).mean(1)
+        return out_BE if self.class_token is None else out_BE + self.class_token(x_BND[:, 0].to(dtype), noise_B)
 
 
 class TextProjector(nn.Module):
@@ -80,6 +84,22 @@ class TextProjector(nn.Module):
         weight_BT1 = (mask_BT if mask_BT is not None else torch.ones_like(x[..., 0])).unsqueeze(-1).to(x.dtype)
         tokens_BTE = self.tokens(x, _by_place(noise_B, x.shape[1]))
         return self.head((tokens_BTE * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1), noise_B)
+
+
+def mean_token(x_BND: Tensor) -> Tensor:
+    """The mean over tokens, float32 [B, D].
+
+    Stored float16 features are widened a few images at a time on a processor: all at once, twice the batch's features
+    would go to memory and come back.
+    """
+    if x_BND.dtype == torch.float32 or x_BND.device.type != "cpu" or x_BND.requires_grad:
+        return x_BND.float().mean(1)
+    B, N, D = x_BND.shape
+    out_BD, share_1N = torch.empty(B, D), torch.full((1, N), 1 / N)
+    rows = max(1, _CACHED_VALUES // (N * D))
+    for start in range(0, B, rows):
+        out_BD[start : start + rows] = (share_1N @ x_BND[start : start + rows].float())[:, 0]
+    return out_BD
 
 
 def _by_place(noise_B: Tensor | None, places: int) -> Tensor | None:

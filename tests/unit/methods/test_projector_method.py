@@ -13,6 +13,7 @@ from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS, method_configs
 from isthmus.methods import projector as projector_method
 from isthmus.methods.projector import ProjectorConfig
+from isthmus.models import projector as projector_model
 from isthmus.models.projector import HeadProjector, ImageProjector, TextProjector, TokenProjector
 from isthmus.models.vision import describe_vision
 from method_cases import batch, build, recipe, samples
@@ -126,6 +127,16 @@ def test_pooling_first_is_another_function_except_on_equal_tokens() -> None:
     early = projector(same)
     projector.pool_first = False
     torch.testing.assert_close(projector(same), early)
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 8), (3, 1, 4), (50, 36, 257)])
+def test_stored_halves_are_averaged_in_float32(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    for values in (1, 1 << 18):  # one image at a time, and many
+        monkeypatch.setattr(projector_model, "_CACHED_VALUES", values)
+        found = projector_model.mean_token(x)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, x.double().mean(1).float(), rtol=0, atol=1e-6)
 
 
 def test_the_class_token_has_its_own_projector_and_no_part_in_the_mean() -> None:
