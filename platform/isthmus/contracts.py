@@ -285,7 +285,8 @@ class Hears(Protocol):
 
 @runtime_checkable
 class Matches(Protocol):
-    """A module that scores given image-text pairs jointly (ITM)."""
+    """A module that scores given image-text pairs jointly (ITM). Optional for a method: ``matches``, False where this
+    model was not trained to."""
 
     def match(self, features_BND: Tensor, texts: Sequence[str]) -> Tensor:
         """Logit of 'these belong together', float32 [B]. Optional for a method: ``max_length``, tokens of a text."""

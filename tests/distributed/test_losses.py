@@ -13,6 +13,7 @@ from isthmus.contracts import Comm, LocalComm
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import LossWeights
+from isthmus.methods.co_optimise_config import AttentionConfig, CrossConfig, MatchConfig, WeightingConfig
 from isthmus.testing.gloo import run_ranks
 from method_cases import QFORMER, batch, build, recipe, samples
 
@@ -23,16 +24,44 @@ LR = dict.fromkeys(
     ("blip2_stage2", "stage 2, in parts"), 0.0005
 )  # its small random language model is steep: larger steps blow up rounding
 LR_ELSE = 0.005
+AWAKE = {"attention": AttentionConfig(heads=4, kind="top_k", top_k=3, zero_init=False)}
 # Odd ones: nine tenths of the text on one rank, a padding row, image ids, losses left out, both gathers.
 DROPPED = QFORMER.model_copy(update={"dropout": 0.1})
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"dropout": 0.1} if name == "projector" else {"qformer": DROPPED}) for name in sorted(METHODS)},
+    **{
+        name: (name, {"dropout": 0.1} if name in ("co_optimise", "projector") else {"qformer": DROPPED})
+        for name in sorted(METHODS)
+    },
     "stage 1, full gather": ("blip2_stage1", {"itc_gather": "full"}),
     "stage 1, image ids": ("blip2_stage1", {"itc_same_image": True}),
     "stage 1, scheduled": ("blip2_stage1", {"itm_every": 2, "itg_every": 3, "weights": LossWeights(itm=0.5)}),
     "stage 1, in parts": ("blip2_stage1", {"qformer": DROPPED}),
     "stage 2, in parts": ("blip2_stage2", {"qformer": DROPPED}),
     "projector, in parts": ("projector", {"dropout": 0.1}),
+    "co-optimised, in parts": (
+        "co_optimise",
+        {"dropout": 0.1, "cross": CrossConfig(margin=0.2), "weighting": WeightingConfig(kind="uncertainty")},
+    ),
+    "co-optimised, apart": (
+        "co_optimise",
+        {"shared": False, "itm": MatchConfig(), "weighting": WeightingConfig(kind="dwa", period=3), **AWAKE},
+    ),
+    "co-optimised, matching alone": (
+        "co_optimise",
+        {"alpha": 0.0, "beta": 0.0, "attention": AttentionConfig(heads=4, kind="favor", features=32)},
+    ),
+    "co-optimised, to the letter": (
+        "co_optimise",
+        {
+            "attention": AttentionConfig(projections=False),
+            "itm": MatchConfig(),
+            "symmetric": False,
+            "beta": 0.01,
+            "cross": CrossConfig(loss="literal", reduction="sum"),
+            "normalise": False,
+            "itc_gather": "detached",
+        },
+    ),
     "projector, detached": ("projector", {"itc_gather": "detached", "text_features": "tokens"}),
 }
 

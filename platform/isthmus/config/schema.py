@@ -125,6 +125,11 @@ class DataConfig(Config):
     captions: Literal["drawn", "first"] = Field(
         "drawn", description="a sample's caption in an epoch: one drawn from all that it has, or always its first"
     )
+    shuffled_pairs: bool = Field(
+        False,
+        description="a control, not a way to train: every image gets the captions of another, the same one throughout, "
+        "drawn by train.seed; the run and the model that it registers are marked as such",
+    )
     augment: bool = Field(
         True,
         description="random crops and flips, drawn by (seed, sample, epoch); a cache holds the plain images' features "

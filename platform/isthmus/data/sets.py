@@ -87,10 +87,10 @@ class Sets:
             ids[here] = self.manifests[number].image_ids_of(own) ^ self._salts[number]
         return ids
 
-    def read(self, rows: np.ndarray, *, sounds: bool = False) -> Iterator[RawSample | Failure]:
+    def read(self, rows: np.ndarray, head: int | None = None, *, sounds: bool = False) -> Iterator[RawSample | Failure]:
         """The stored samples of ``rows``, which ascend; no padding among them. As :func:`read_rows` for one set."""
         for number, _, own in self.by_set(rows):
-            yield from read_rows(self.manifests[number], own, sounds=sounds)
+            yield from read_rows(self.manifests[number], own, head, sounds=sounds)
 
     def as_met(
         self, rows: Sequence[Sample | Failure | None], numbers: np.ndarray, visits: np.ndarray, *, images: bool

@@ -28,6 +28,7 @@ from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.readers import Failure, failure_of, read_rows
 from isthmus.data.sets import Sets
+from isthmus.data.shuffled import CaptionsOf, stored_captions, with_others_captions
 from isthmus.data.streamed import Encoding, StepEncoder
 from isthmus.errors import DataError
 
@@ -75,11 +76,21 @@ def train_batches(
         warn_of_repeats(data, order)
     steps = range(start_step, stop_step)
     if data.placement == "cached":
-        source, blank = _cached_rows(data, stage, sets, order, rank, world, steps)
+        caches = _open_caches(data, stage, sets)
+        source, blank = _cached_rows(caches, heard, sets, order, rank, world, steps)
+        captions_of = _cached_captions(caches, sets)
     else:
         streamed = encoding if data.placement == "streamed" else None
         source, blank = _image_rows(data, stage, sets, order, rank, world, steps, seed, streamed)
         source = _of_one_encoder(source, on_encoder)
+        captions_of = stored_captions(sets)
+    if data.shuffled_pairs and heard is not None:
+        raise DataError(
+            "data.shuffled_pairs exchanges captions, and this recipe pairs sounds with what is seen.",
+            "Leave it out; benchmarks/video_audio.py has the control for sounds.",
+        )
+    if data.shuffled_pairs:
+        source = with_others_captions(source, order, rank, world, seed, captions_of)
     if stage.needs_image_ids:
         for manifest in sets.manifests:
             _check_images(manifest, rank)
@@ -226,11 +237,16 @@ def _on_threads(
 
 
 def _cached_rows(
-    data: DataConfig, stage: Stage, sets: Sets, order: SampleOrder, rank: int, world: int, steps: range
+    caches: Sequence[FeatureCache],
+    clips: ClipTransform | None,
+    sets: Sets,
+    order: SampleOrder,
+    rank: int,
+    world: int,
+    steps: range,
 ) -> tuple[Iterable[LocalRows], Sample]:
-    caches = _open_caches(data, stage, sets)
     shape = (caches[0].meta.tokens, caches[0].meta.width)
-    blank = _blank(clip_transform(stage.transform), 0)
+    blank = _blank(clips, 0)
     blank = replace(blank, pixels_CHW=None, features_ND=np.zeros(shape, caches[0].meta.dtype))
 
     def rows() -> Iterator[LocalRows]:
@@ -244,6 +260,18 @@ def _cached_rows(
             yield LocalRows(step, tuple(found))
 
     return rows(), blank
+
+
+def _cached_captions(caches: Sequence[FeatureCache], sets: Sets) -> CaptionsOf:
+    def captions_of(numbers: np.ndarray) -> list[tuple[str, ...] | None]:
+        found: list[tuple[str, ...] | None] = [None] * len(numbers)
+        for number, here, own in sets.by_set(numbers):
+            ids = sets.manifests[number].ids_of(own.tolist()).tolist()
+            for place, id in zip(np.flatnonzero(here).tolist(), ids, strict=True):
+                found[place] = caches[number].captions(id) if id in caches[number] else None
+        return found
+
+    return captions_of
 
 
 def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCache]:

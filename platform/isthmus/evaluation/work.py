@@ -236,6 +236,10 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
             f"{model.uri} cannot do {refused[0]} so: it was trained to match pairs, without a contrast.",
             "Retrieval goes with rerank: all, on few enough images; matching with the data's own negatives.",
         )
+    if config.rerank and "retrieval" in config.tasks and not getattr(model.module, "matches", True):
+        raise ConfigError(
+            f"{model.uri} was trained by contrast alone: it has nothing to re-rank with.", "Set rerank: 0."
+        )
     if config.text_max_length and isinstance(model.module, Embeds) and not _takes_length(model.module):
         raise ConfigError(f"{model.uri} fixes the length of its texts by its recipe.", "Leave text_max_length out.")
 

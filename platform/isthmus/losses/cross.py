@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
+GENTLE = 0.05
+"""Added to the attended context's variance where it is normalised. The context of an output map that starts at zero is
+zero, and would meet a slope without bound there."""
 
 
 def literal_rows(attended_BND: Tensor, mask_BN: Tensor, reduction: Reduction) -> Tensor:
@@ -35,13 +38,16 @@ def aligned_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor, redu
     do with the token.
     """
     width = attended_BND.shape[-1:]
-    gap_BND = F.layer_norm(attended_BND.float(), width) - F.layer_norm(tokens_BND.detach().float(), width)
+    gap_BND = F.layer_norm(attended_BND.float(), width, eps=GENTLE) - F.layer_norm(tokens_BND.detach().float(), width)
     return _reduced(gap_BND.square(), mask_BN, reduction)
 
 
 def agreement_rows(attended_BND: Tensor, tokens_BND: Tensor, mask_BN: Tensor) -> Tensor:
-    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN)."""
-    cosine_BN = F.cosine_similarity(attended_BND.float(), tokens_BND.float(), dim=-1)
+    """Mean cosine of tokens and what they attend to, [B]: how well the other modality explains them (SCAN). What has
+    little norm counts for little; see GENTLE."""
+    attended, tokens = attended_BND.float(), F.normalize(tokens_BND.float(), dim=-1)
+    length_BN = (attended.square().sum(-1) + GENTLE * attended.shape[-1]).sqrt()
+    cosine_BN = (attended * tokens).sum(-1) / length_BN
     return (cosine_BN * mask_BN).sum(1) / mask_BN.sum(1).clamp(min=1)
 
 

@@ -114,6 +114,11 @@ class CoOptimise(SeeingModule):
         """Whether pooled vectors have been trained to tell pairs apart."""
         return self.config.alpha > 0
 
+    @property
+    def matches(self) -> bool:
+        """Whether there is anything that sets a pair's tokens against one another."""
+        return self.config.attends or self.itm_head is not None
+
     def _given_weights(self) -> dict[str, float]:
         return {"contrast": self.config.alpha, "cross": self.config.beta, "itm": self.config.itm.weight}
 
@@ -129,7 +134,7 @@ class CoOptimise(SeeingModule):
             metrics["temperature"] = 1 / self._held_scale().detach()[0]
             metrics["r1_i2t"] = contrasted.recall_at_1(contrasted.i2t_BG)
             metrics["r1_t2i"] = contrasted.recall_at_1(contrasted.t2i_BG)
-        if self.config.attends or self.itm_head is not None:
+        if self.matches:
             self._relate(found, contrasted, batch, losses, metrics)
         total, weights = self._weigh(losses, batch)
         metrics |= {f"weight_{name}": weight for name, weight in zip(self.terms, weights, strict=True)}
@@ -336,7 +341,7 @@ class CoOptimise(SeeingModule):
         Raises:
             ConfigError: the model has neither.
         """
-        if not self._judged:
+        if not self.matches:
             raise ConfigError(
                 "This model was trained by contrast alone: it has nothing to match with.", "Use rerank: 0."
             )

@@ -113,9 +113,9 @@ class CoOptimiseConfig(MethodConfig):
     embed: Count = Field(512, description="width of the shared space")
     projection: Literal["linear", "mlp"] = Field(
         "linear",
-        description="from frozen tokens into the shared space: one map, as written; or a linear and an MLP path",
+        description="into the shared space: one map, as written; or a residual MLP of one hidden layer behind it",
     )
-    normalise: bool = Field(True, description="linear: frozen tokens are normalised (layer norm without parameters)")
+    normalise: bool = Field(True, description="frozen tokens pass a layer norm without parameters first")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the frozen tokens' channels")
     alpha: Weight = Field(1.0, description="weight of the contrast; 0 leaves it out")
     beta: Weight = Field(1.0, description="weight of the cross-attention's loss; 0 leaves it out")

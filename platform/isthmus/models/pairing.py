@@ -12,21 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.models.noise import KeyedDropout, subkeys
-from isthmus.models.projector import TokenProjector
 
 
-class LinearProjection(nn.Module):
-    """W x + b of each token. Before it, as our completion, a layer norm without parameters and dropout."""
+class SideProjection(nn.Module):
+    """W x + b of each token. Our completion: a layer norm without parameters and dropout before it, and with ``kind``
+    ``mlp`` a residual network of one hidden layer behind it. All that is wide is frozen, so nothing wide is
+    differentiated."""
 
-    def __init__(self, width: int, embed: int, dropout: float, *, normalise: bool) -> None:
+    def __init__(self, width: int, embed: int, dropout: float, *, kind: Literal["linear", "mlp"], normalise: bool):
         super().__init__()
         self.normalise, self.dropout = normalise, KeyedDropout(dropout)
         self.linear = nn.Linear(width, embed)
+        self.up: nn.Linear | None = nn.Linear(embed, embed) if kind == "mlp" else None
+        self.down: nn.Linear | None = nn.Linear(embed, embed) if kind == "mlp" else None
 
     def forward(self, x_BND: Tensor, noise_BN: Tensor | None = None) -> Tensor:
         if self.normalise:
             x_BND = F.layer_norm(x_BND, x_BND.shape[-1:])
-        return self.linear(self.dropout(x_BND, noise_BN))
+        out_BNE: Tensor = self.linear(self.dropout(x_BND, noise_BN))
+        if self.up is None or self.down is None:
+            return out_BNE
+        deeper: Tensor = self.down(F.gelu(self.up(out_BNE)))
+        return out_BNE + deeper
 
 
 class PairProjection(nn.Module):
@@ -34,7 +41,7 @@ class PairProjection(nn.Module):
 
     Args:
         widths: frozen widths of the first and the second side.
-        kind: ``linear``, or ``mlp``, which is :class:`isthmus.models.projector.TokenProjector`.
+        kind, normalise: see :class:`SideProjection`.
     """
 
     def __init__(
@@ -42,12 +49,9 @@ class PairProjection(nn.Module):
     ) -> None:
         super().__init__()
 
-        def make(width: int) -> nn.Module:
-            if kind == "mlp":
-                return TokenProjector(width, embed, dropout)
-            return LinearProjection(width, embed, dropout, normalise=normalise)
-
-        self.first, self.second = make(widths[0]), make(widths[1])
+        self.first, self.second = (
+            SideProjection(width, embed, dropout, kind=kind, normalise=normalise) for width in widths
+        )
 
     def forward(self, first_BND: Tensor, second_BND: Tensor, noise_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``noise_B``: int64 keys of the pairs, for dropout."""

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 from isthmus import storage
 from isthmus.config import Config, load_config, read_yaml
 from isthmus.errors import ConfigError, nearest
+from isthmus.pipeline.compare import CompareOptions, unknown_steps
 from isthmus.pipeline.console import announce, finished, reused
 from isthmus.pipeline.steps import STEPS, StepContext
 
@@ -64,6 +65,17 @@ class Pipeline(Config):
         doubled = sorted({i for i in ids if ids.count(i) > 1})
         if doubled:
             raise ValueError(f"the step ids {doubled} occur more than once")
+        return value
+
+    @field_validator("steps")
+    @classmethod
+    def _comparable(cls, value: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
+        """A comparison comes last, when hours may have gone; what it names is checked first."""
+        for number, step in enumerate(value):
+            if step.run == "compare":
+                options = CompareOptions.model_validate(step.options)
+                if unknown := next(unknown_steps(options, [s.id for s in value[:number]]), None):
+                    raise ValueError(unknown)
         return value
 
 

@@ -99,6 +99,84 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], unit: str, *, l
     return _svg(figure)
 
 
+@dataclass(frozen=True)
+class Point:
+    """One model in a :func:`scatter`: its name, what kind of row it is, cost and quality (a share)."""
+
+    label: str
+    kind: str
+    x: float
+    y: float
+
+
+def interval_bars(
+    title: str,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    chance: float,
+) -> str:
+    """Lying bars with their intervals and a line at chance, as an ``<svg>`` element.
+
+    Args:
+        labels: of the rows, from the top.
+        series: name -> (share, lower end, upper end) of each row.
+        chance: a share.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 1.1 + 0.26 * len(labels) * max(len(series), 1)), layout="constrained")
+    axis = figure.subplots()
+    height = 0.8 / max(len(series), 1)
+    for i, (name, values) in enumerate(series.items()):
+        places = [y - 0.4 + height * (i + 0.5) for y in range(len(labels))]
+        shares = [100 * share for share, _, _ in values]
+        reach = [[100 * (s - low) for s, low, _ in values], [100 * (high - s) for s, _, high in values]]
+        axis.barh(places, shares, height, label=name, color=_COLOURS[i % 4])
+        axis.errorbar(shares, places, xerr=reach, fmt="none", ecolor="#1d2b36", elinewidth=0.9, capsize=2)
+    axis.axvline(100 * chance, color="#b33939", linestyle="--", linewidth=0.9, label="chance")
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("%", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def scatter(points: Sequence[Point], x: str, y: str, chance: float, log: bool = False) -> str:
+    """Quality against cost, each point with its name, as an ``<svg>`` element; ``x`` and ``y`` name the axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    axis = figure.subplots()
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    for kind, colour in zip(kinds, _COLOURS, strict=False):
+        own = [point for point in points if point.kind == kind]
+        axis.scatter([p.x for p in own], [100 * p.y for p in own], color=colour, label=kind, s=28)
+    axis.axhline(100 * chance, color="#b33939", linestyle="--", linewidth=0.9, label="chance")
+    for place, point in enumerate(sorted(points, key=lambda p: (p.x, p.y))):
+        below = place % 2 == 1  # neighbours do not write over each other
+        axis.annotate(
+            point.label,
+            (point.x, 100 * point.y),
+            xytext=(4, -10 if below else 5),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    if log:
+        axis.set_xscale("log")
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(f"{y}, %", fontsize=8)
+    axis.margins(x=0.15, y=0.15)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
 def _svg(figure: object) -> str:
     sink = io.StringIO()
     figure.savefig(sink, format="svg", metadata={"Date": None})  # type: ignore[attr-defined]

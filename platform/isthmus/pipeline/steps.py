@@ -17,10 +17,12 @@ from isthmus.config import (
     ServeConfig,
     TrackingConfig,
     VisionConfig,
+    anchored,
     load_config,
     load_run,
 )
 from isthmus.errors import ConfigError
+from isthmus.pipeline.compare import CompareOptions
 
 C = TypeVar("C", bound=Config)
 Result = dict[str, Any]
@@ -124,6 +126,7 @@ def _cache(_: StepContext, options: Mapping[str, Any]) -> Result:
 
 def _train(context: StepContext, options: Mapping[str, Any]) -> Result:
     from isthmus.methods import method_configs
+    from isthmus.training.cost import read_cost
     from isthmus.training.driver import fit
 
     if context.recipe is None:
@@ -135,7 +138,12 @@ def _train(context: StepContext, options: Mapping[str, Any]) -> Result:
         "version": model.version,
         "run": f"{config.storage}/{config.name}",
         "name": config.name,
+        "method": config.method.name,
         "steps": config.train.steps,
+        "global_batch": config.train.global_batch,
+        "samples_seen": config.train.steps * config.train.global_batch,
+        "seed": config.train.seed,
+        **read_cost(f"{anchored(config).storage}/{config.name}"),
     }
 
 
@@ -172,6 +180,12 @@ def _report(context: StepContext, options: Mapping[str, Any]) -> Result:
     return write_report(context.out, context.results, _options(ReportOptions, options))
 
 
+def _compare(context: StepContext, options: Mapping[str, Any]) -> Result:
+    from isthmus.pipeline.compare import write_comparison
+
+    return write_comparison(context.out, context.results, _options(CompareOptions, options))
+
+
 STEPS: dict[str, Callable[[StepContext, Mapping[str, Any]], Result]] = {
     "fetch": _fetch,
     "index": _index,
@@ -182,6 +196,7 @@ STEPS: dict[str, Callable[[StepContext, Mapping[str, Any]], Result]] = {
     "embed": _embed,
     "serve-check": _serve_check,
     "report": _report,
+    "compare": _compare,
 }
 
 

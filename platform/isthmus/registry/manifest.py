@@ -49,6 +49,7 @@ MAY_GROW = "train.steps"
 CAME_LATER = {
     "data.augment": True,
     "data.resize": "pillow",
+    "data.shuffled_pairs": False,
     "method.language.max_length_of": "caption",
     "method.qformer.init_segment": "fold",
     "train.gradient_checkpointing": False,
@@ -130,11 +131,12 @@ def run_identity(run: RunConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
 def data_record(data: DataConfig, found: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """What a run was trained on; ``found`` is (digest, samples) of each data set.
 
-    A mixture's digest stands for its sets' digests, in their order, and for their shares.
+    A mixture's digest stands for its sets' digests, in their order, and for their shares. A control's record says so.
     """
+    control = {"shuffled_pairs": True} if data.shuffled_pairs else {}
     if data.mixture is None:
         [(digest, samples)] = found
-        return {"url": data.train, "digest": digest, "samples": samples}
+        return {"url": data.train, "digest": digest, "samples": samples, **control}
     weights = whole_weights([one.weight for one in data.mixture])
     shares = [[digest, weight] for (digest, _), weight in zip(found, weights, strict=True)]
     sets = [
@@ -142,7 +144,7 @@ def data_record(data: DataConfig, found: Sequence[tuple[str, int]]) -> dict[str,
         for one, weight, (digest, samples) in zip(data.mixture, weights, found, strict=True)
     ]
     whole = hashlib.sha256(json.dumps(["mixture", shares]).encode()).hexdigest()
-    return {"digest": whole, "samples": sum(samples for _, samples in found), "sets": sets}
+    return {"digest": whole, "samples": sum(samples for _, samples in found), "sets": sets, **control}
 
 
 def lineage(*, data: Mapping[str, Any], parent: ModelVersion | None) -> dict[str, Any]:

@@ -20,12 +20,15 @@ from isthmus.data.parallel import store_environment
 from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
 from isthmus.training import preflight
+from isthmus.training.cost import Cost
 from isthmus.training.interrupt import interruptible
 from isthmus.training.metrics import Shipper, Spool, mlflow_file_sender, mlflow_sender
 from isthmus.training.preflight import Plan
-from isthmus.training.tracked import Tracked
+from isthmus.training.tracked import Tracked, control_tags
 from isthmus.training.watch import Watch
 from isthmus.training.worker import Job, TrainingError, train_worker
+
+log = logging.getLogger(__name__)
 
 REFERENCES = "references.json"
 """In the run folder: ``loss_<part>.chance`` and ``loss_<part>.floor`` of every loss part, for reports."""
@@ -50,11 +53,19 @@ def fit(config: RunConfig, *, progress: bool = True) -> ModelVersion:
     if (facts := preflight.finished(plan)) and (version := _still_there(plan, facts)):
         return version
     preflight.write_recipe(plan)
+    if plan.run.data.shuffled_pairs:
+        log.warning(
+            "Run '%s' is a control (data.shuffled_pairs): every image gets another one's captions. Its model is "
+            "registered with the tag isthmus.control.",
+            plan.run.name,
+        )
     local = _local_folder(plan)
-    with ray_session(plan.run.cluster.most_workers * plan.run.cluster.cpus_per_worker):
-        tracked = Tracked(plan, local)
-        watch = _train(plan, local, tracked, progress)
-    return _finish(plan, tracked, watch)
+    with Cost(plan.folder, local / "metrics.jsonl") as cost:
+        with ray_session(plan.run.cluster.most_workers * plan.run.cluster.cpus_per_worker):
+            tracked = Tracked(plan, local)
+            watch = _train(plan, local, tracked, progress)
+        cost.exported(watch.facts.get("exported", {}))
+        return _finish(plan, tracked, watch)
 
 
 def _train(plan: Plan, local: Path, tracked: Tracked, progress: bool) -> Watch:
@@ -182,7 +193,8 @@ def _finish(plan: Plan, tracked: Tracked, watch: Watch) -> ModelVersion:
                 registry.log_artifacts(uri, run_id, folder / name)
             if plan.run.model is not None:
                 name, alias = plan.run.model.name, plan.run.model.alias
-                version = registry.register(folder, name, alias, run_id, uri=uri, lineage=lineage)
+                tags = control_tags(plan)
+                version = registry.register(folder, name, alias, run_id, uri=uri, lineage=lineage, tags=tags)
         except RegistryError as error:
             raise RegistryError(
                 f"The model is trained and lies in {artefact}, but it could not be registered: {error.problem}",

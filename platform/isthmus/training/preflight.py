@@ -14,12 +14,15 @@ from isthmus.contracts import Base, ModelVersion
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.ray_session import joins_cluster
 from isthmus.registry import check_tracking, manifest, resolve, tracking_uri
+from isthmus.training.cost import COST
 
 if TYPE_CHECKING:
     from isthmus.data.features import CacheMeta
 
 RECIPE, FINISHED = "recipe.yaml", "finished.json"
-_OF_A_START = (RECIPE, "lineage.json", "metrics.jsonl", "metrics.sent", "mlflow-run.json", "quarantine.jsonl")
+_OF_A_START = (
+    RECIPE, "lineage.json", "metrics.jsonl", "metrics.sent", "mlflow-run.json", "quarantine.jsonl", COST
+)  # fmt: skip
 """What a run leaves in its folder before its first checkpoint."""
 
 

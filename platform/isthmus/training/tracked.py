@@ -12,6 +12,11 @@ from isthmus.registry import manifest
 from isthmus.training.preflight import Plan
 
 
+def control_tags(plan: Plan) -> dict[str, str]:
+    """What marks the run and the model of a control; empty for others."""
+    return {"isthmus.control": "shuffled_pairs"} if plan.run.data.shuffled_pairs else {}
+
+
 class Tracked:
     """The MLflow run of this training, opened in the background while the workers start."""
 
@@ -39,6 +44,7 @@ class Tracked:
             stored = json.loads(self._file.read_text())
             known = stored["run_id"] if stored["uri"] == plan.uri else None
         tags = {"isthmus.run": plan.run.name, "isthmus.storage": plan.run.storage, "isthmus.digest": plan.digest}
+        tags |= control_tags(plan)
         run_id = registry.start_run(plan.uri, plan.run.tracking.experiment, plan.run.name, run_id=known, tags=tags)
         self._file.write_text(json.dumps({"uri": plan.uri, "run_id": run_id}))
         lineage = manifest.flatten({"lineage": dict(plan.lineage)})

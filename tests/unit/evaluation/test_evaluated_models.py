@@ -14,6 +14,7 @@ from isthmus.data.manifest import index
 from isthmus.errors import ConfigError
 from isthmus.evaluation.driver import evaluate
 from isthmus.methods.artefact import load_artefact, save_artefact
+from isthmus.methods.co_optimise_config import MatchConfig
 from isthmus.models.freezing import owned_state
 from isthmus.testing.shards import image_bytes, write_tar
 from method_cases import CAPTIONS, build, moved, recipe, run_config
@@ -78,6 +79,44 @@ def test_stage_1_reranks_and_matches(models: dict[str, str], data: Path) -> None
     scores = sims + torch.stack(rows)
     ranks = [1 + int((scores[i] > scores[i, i]).sum()) for i in range(COUNT)]
     assert full["tr_mean_rank"] == pytest.approx(sum(ranks) / COUNT)
+
+
+def co_optimised(folder: Path, name: str, **changes: Any) -> str:
+    config = recipe("co_optimise", folder, **changes)
+    stage = build(config, with_vision=True)
+    moved(stage.module)
+    save_artefact(folder / name, owned_state(stage.module), run_config(config), stage, {})
+    return str(folder / name)
+
+
+def test_every_pair_is_ranked_by_matching_alone_where_there_is_no_contrast(folder: Path, data: Path) -> None:
+    model = co_optimised(folder, "matching alone", alpha=0.0, beta=0.0)
+    result = run(model, data, "retrieval", rerank="all")
+    assert (result["rerank"], result["ranked_by"]) == ("all", "matching alone")
+    module = load_artefact(model).stage.module
+    read = _features(module, model, data)
+    scores = torch.stack([module.match(read[i : i + 1].expand(COUNT, -1, -1), CAPTIONS) for i in range(COUNT)])
+    for way, table in (("tr", scores), ("ir", scores.T)):
+        ranks = [1 + int((table[i] > table[i, i]).sum()) for i in range(COUNT)]
+        assert result[f"{way}_mean_rank"] == pytest.approx(sum(ranks) / COUNT) and result[f"{way}_mean_rank"] > 1
+    for options, tasks in (({}, ("retrieval",)), ({"rerank": 3}, ("retrieval",)), ({}, ("classification",))):
+        with pytest.raises(ConfigError, match="without a contrast"):
+            run(model, data, *tasks, **options)
+
+
+def test_all_is_the_number_of_candidates(folder: Path, data: Path) -> None:
+    model = co_optimised(folder, "co-optimised", gamma=3.0)
+    every, counted, plain = (run(model, data, "retrieval", rerank=k) for k in ("all", COUNT, 0))
+    figures = [name for name in every if name.startswith(("tr_", "ir_"))]
+    assert {name: every[name] for name in figures} == {name: counted[name] for name in figures}
+    assert every["ranked_by"] != plain["ranked_by"] and every["tr_mean_rank"] != plain["tr_mean_rank"]
+
+
+def test_contrast_alone_is_not_reranked(folder: Path, data: Path) -> None:
+    model = co_optimised(folder, "contrast alone", beta=0.0, itm=MatchConfig())
+    assert run(model, data, "retrieval")["ranked_by"] == "cosine"
+    with pytest.raises(ConfigError, match="nothing to re-rank with"):
+        run(model, data, "retrieval", rerank=2)
 
 
 def test_stage_2_answers_each_question_with_its_own_prompt(models: dict[str, str], data: Path, tmp_path: Path) -> None:
