@@ -78,19 +78,19 @@ def train_batches(
     steps = range(start_step, stop_step)
     if data.placement == "cached":
         caches = _open_caches(data, stage, sets)
-        source, blank = _cached_rows(caches, stage, sets, order, rank, world, steps)
+        source, blank = _cached_rows(caches, heard, sets, order, rank, world, steps)
         captions_of = _cached_captions(caches, sets)
     else:
         streamed = encoding if data.placement == "streamed" else None
         source, blank = _image_rows(data, stage, sets, order, rank, world, steps, seed, streamed)
         source = _of_one_encoder(source, on_encoder)
         captions_of = stored_captions(sets)
+    if data.shuffled_pairs and heard is not None:
+        raise DataError(
+            "data.shuffled_pairs exchanges captions, and this recipe pairs sounds with what is seen.",
+            "Leave it out; benchmarks/video_audio.py has the control for sounds.",
+        )
     if data.shuffled_pairs:
-        if heard is not None:
-            raise DataError(
-                "data.shuffled_pairs exchanges captions, and this recipe pairs what is seen with what is heard.",
-                "Leave it out.",
-            )
         source = with_others_captions(source, order, rank, world, seed, captions_of)
     if stage.needs_image_ids:
         for manifest in sets.manifests:
@@ -243,7 +243,7 @@ def _on_threads(
 
 def _cached_rows(
     caches: Sequence[FeatureCache],
-    stage: Stage,
+    clips: ClipTransform | None,
     sets: Sets,
     order: SampleOrder,
     rank: int,
@@ -251,7 +251,7 @@ def _cached_rows(
     steps: range,
 ) -> tuple[Iterable[LocalRows], Sample]:
     shape = (caches[0].meta.tokens, caches[0].meta.width)
-    blank = _blank(clip_transform(stage.transform), 0)
+    blank = _blank(clips, 0)
     blank = replace(blank, pixels_CHW=None, features_ND=np.zeros(shape, caches[0].meta.dtype))
 
     def rows() -> Iterator[LocalRows]:
