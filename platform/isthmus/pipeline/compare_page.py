@@ -18,11 +18,13 @@ def plots(rows: Sequence[Row], options: CompareOptions) -> dict[str, str]:
     """SVG by file name: the quality figures with their intervals, and their mean against what it cost."""
     labels = [row["method"] for row in rows]
     bars = {
-        name: [(row[name], *row.get(f"{name}_interval", (row[name], row[name]))) for row in rows]
+        said(name).removesuffix(", %"): [
+            (row[name], *row.get(f"{name}_interval", (row[name], row[name]))) for row in rows
+        ]
         for name in options.quality
     }
     drawn = {"quality": interval_bars(options.title, labels, bars, chance=rows[0][options.chance])}
-    mean = f"mean of {', '.join(options.quality)}" if len(options.quality) > 1 else options.quality[0]
+    mean = ("mean of " if len(bars) > 1 else "") + " and ".join(bars)
     for cost, log in options.against.items():
         points = [Point(r["method"], r["kind"], float(r[cost]), _mean(r, options.quality)) for r in rows]
         drawn[f"quality-by-{cost.replace('_', '-')}"] = scatter(points, said(cost), mean, rows[0][options.chance], log)
@@ -77,16 +79,18 @@ def show(rows: Sequence[Row], options: CompareOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(stderr=True, highlight=False)
+    needed = 30 + 13 * len(options.table)
+    if not console.is_terminal:  # a log has no edge to fold at
+        console = Console(stderr=True, highlight=False, width=max(console.width, needed))
+    narrow = console.width < needed
     table = Table(title=options.title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", min_width=12)
+    table.add_column("", min_width=max(12 if narrow else len(row["method"]) for row in rows))
     for name in options.table:
         table.add_column(said(name), justify="right")
     colours = {"method": "cyan", "baseline": "yellow", "control": "magenta"}
     for row in rows:
         table.add_row(f"[{colours[row['kind']]}]{row['method']}[/]", *(cell(row, name) for name in options.table))
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:  # a log has no edge to fold at
-        console = Console(stderr=True, highlight=False, width=max(console.width, 24 + 12 * len(options.table)))
     console.print(table)
     console.print("[cyan]method[/]  [yellow]baseline[/]  [magenta]control[/]; ± is half of a 95 % interval")
 

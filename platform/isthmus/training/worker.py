@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -109,6 +110,7 @@ def train_here(job: Job) -> None:
         torch.set_num_threads(threads)
         if not rank_known:
             del os.environ["LOCAL_RANK"]
+        gc.collect()  # engine and module hold each other, and this process goes on
 
 
 class Worker:
