@@ -31,6 +31,7 @@ CODECS = frozenset(
 )  # fmt: skip
 """Decoders by FFmpeg's names."""
 
+_MOST_CHUNKS = 10_000
 _SLACK_S, _SLACK_SHARE = 0.25, 0.05
 """What may be missing of the duration that a file's header names: encoders round it, and pad the last packet."""
 
@@ -282,12 +283,9 @@ def _image(frame: Any) -> Image.Image:
 def _ends(data: bytes, kind: str) -> bool:
     """Whether a file is all there, as far as its container says how long it is; FFmpeg reads on until bytes run out."""
     if kind == "mov":
-        at = 0
-        while at + 8 <= len(data):
-            size, long = (int.from_bytes(data[at + begin : at + end], "big") for begin, end in ((0, 4), (8, 16)))
-            step = {0: len(data) - at, 1: long}.get(size, size)
-            at += max(step, 8)
-        return at <= len(data)
+        return _chunks_end(data, 0, lambda at: _box(data, at))
+    if kind == "wav":
+        return _chunks_end(data, 12, lambda at: _riff_chunk(data, at))
     if kind == "ogg":
         at = data.rfind(b"OggS")
         segments = data[at + 26] if at + 27 <= len(data) else 256
@@ -297,11 +295,30 @@ def _ends(data: bytes, kind: str) -> bool:
         header = _sized(data, 4)
         segment = None if header is None else _sized(data, header + 4)
         return segment is None or segment <= len(data)
-    if kind == "wav":
-        at = data.find(b"data", 12, 1 << 16)
-        size = int.from_bytes(data[at + 4 : at + 8], "little") if at >= 0 else 0
-        return size in (0, 0xFFFFFFFF) or at + 8 + size <= len(data)  # both stand for a recorder that did not know
     return True
+
+
+def _chunks_end(data: bytes, at: int, step: Callable[[int], int]) -> bool:
+    """Whether chunks, one behind the other, end within the file; of very many the rest is not looked at."""
+    for _ in range(_MOST_CHUNKS):
+        if at + 8 > len(data):
+            break
+        at += max(8, step(at))
+    return at <= len(data)
+
+
+def _box(data: bytes, at: int) -> int:
+    """Bytes of an MP4 box; of size 0 it goes to the end, of size 1 the real one follows."""
+    size, long = (int.from_bytes(data[at + begin : at + end], "big") for begin, end in ((0, 4), (8, 16)))
+    return {0: len(data) - at, 1: long}.get(size, size)
+
+
+def _riff_chunk(data: bytes, at: int) -> int:
+    """Bytes of a WAV chunk. A recorder that could not go back leaves 0 or the largest number for its samples."""
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    if data[at : at + 4] == b"data" and size in (0, 0xFFFFFFFF):
+        return len(data) - at
+    return min(8 + size + size % 2, max(8 + size, len(data) - at))  # the last padding byte is often left out
 
 
 def _sized(data: bytes, at: int) -> int | None:
