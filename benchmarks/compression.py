@@ -32,7 +32,8 @@ from isthmus.contracts import Batch, LocalComm
 from isthmus.data.sources.compositions import ATTRIBUTES, neighbours, split_scenes
 from isthmus.evaluation.retrieval import retrieve
 from isthmus.methods.blip2_stage1 import tokenise
-from isthmus.methods.guided import Guided, GuidedConfig
+from isthmus.methods.guided import Guided
+from isthmus.methods.guided_config import GuidedConfig
 from isthmus.methods.parts import seeded
 from isthmus.models.compressible import CompressibleTransformer, new_transformer
 from isthmus.models.dual_stream import DualStream

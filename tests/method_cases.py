@@ -16,7 +16,7 @@ from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.co_optimise import CoOptimiseConfig
 from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig
-from isthmus.methods.guided import GuidedConfig, RelationConfig
+from isthmus.methods.guided_config import GuidedConfig, RelationConfig
 from isthmus.methods.guided_vqa import GuidedVqaConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config

@@ -1,4 +1,4 @@
-"""The classic ways to get BLIP-2 wrong, planted one at a time: each must make its named test fail.
+"""The classic ways to get BLIP-2 and guided compression wrong, planted one at a time: each must fail its named test.
 
 A copy of the package gets one change; the named test runs against the copy in a process of its own. Without the change
 the same test passes, which the ordinary suite shows.
@@ -91,6 +91,30 @@ MUTATIONS = {
         "(sims_RN >= sims_RN.gather(1, own_R1)).sum(dim=1)",
         "1 + (sims_RN > sims_RN.gather(1, own_R1)).sum(dim=1)",
         f"{UNIT}/evaluation/test_retrieval.py::test_a_model_that_says_the_same_of_everything_recalls_nothing",
+    ),
+    "i_a_text_guides_what_the_contrast_sees": Mutation(
+        "methods/guided.py",
+        "seen = streams.image.finish(trunk, steps)  # without",
+        "seen = streams.look(trunk, steps, streams.text(ids, mask), mask)  # without",
+        f"{UNIT}/methods/test_guided.py::test_an_image_s_vectors_are_bit_identical_whatever_its_text",
+    ),
+    "j_kept_tokens_lose_their_order": Mutation(
+        "models/compression.py",
+        "return order_BN[:, :kept].sort(1).values,",
+        "return order_BN[:, :kept],",
+        f"{UNIT}/models/test_compression.py::test_the_highest_scores_stay_in_their_old_order_and_the_rest_is_their_weighted_mean",
+    ),
+    "k_fused_weights_not_renormalised": Mutation(
+        "models/compression.py",
+        "weights = distribution(scores_BN.gather(1, drop))",
+        "weights = scores_BN.gather(1, drop)",
+        f"{UNIT}/models/test_compression.py::test_identical_tokens_are_fused_into_that_token",
+    ),
+    "l_special_tokens_count_as_words": Mutation(
+        "losses/local.py",
+        "best_BGK = sims.float().masked_fill(~words_GT[None, :, None, :], -torch.inf).amax(3)",
+        "best_BGK = sims.float().amax(3)",
+        f"{UNIT}/losses/test_local.py::test_padding_and_special_tokens_have_no_say",
     ),
 }
 

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isthmus.config import CompressionConfig, Config, FusionConfig, MethodConfig, TextConfig, TowerConfig, VisionConfig
 from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError
@@ -34,6 +32,7 @@ from isthmus.losses.local import local_contrast, pair_similarity, relation, rela
 from isthmus.losses.masked import mask_tokens, masked_count, masked_sum
 from isthmus.losses.matching import Negatives, matching, matching_reference, mine_negatives
 from isthmus.methods.blip2_stage1 import CollateStage1, tokenise
+from isthmus.methods.guided_config import GuidedConfig
 from isthmus.methods.guided_parts import PAIRS, common_length, draw_guided, pass_keys
 from isthmus.methods.parts import SeeingModule, in_parts, seeded
 from isthmus.models.compression import Step, overlap
@@ -41,70 +40,6 @@ from isthmus.models.dual_stream import DualStream, build_streams
 from isthmus.models.relations import RelationalHead
 from isthmus.models.text import load_tokenizer
 from isthmus.models.vision import build_vision, describe_vision
-
-Every = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0.0)]
-
-
-class GuidedWeights(Config):
-    """What each loss counts in the total. A weight of 0 leaves the loss and the parameters that only it trains out."""
-
-    itc: Annotated[float, Field(gt=0.0)] = 1.0
-    loc: Weight = 1.0
-    rel: Weight = 1.0
-    itm: Weight = 1.0
-    mlm: Weight = 1.0
-
-
-class RelationConfig(Config):
-    """The relational head; the defaults are SGRAF's."""
-
-    width: Annotated[int, Field(gt=0)] = 256
-    steps: Annotated[int, Field(gt=0)] = Field(3, description="rounds of messages between the nodes")
-    smoothing: Annotated[float, Field(gt=0)] = Field(9.0, description="sharpness of a word's attention to image tokens")
-
-
-class ScoreConfig(Config):
-    """What a pair's score is made of when retrieval re-ranks: the matching logit plus these."""
-
-    relation: Weight = Field(0.5, description="times the relational head's logit")
-    local: Weight = Field(1.0, description="times the unguided similarity of tokens and words")
-
-
-class GuidedConfig(MethodConfig):
-    """Options of pre-training with cross-modal guidance."""
-
-    least_batch: ClassVar[int] = 2
-
-    name: Literal["guided"] = "guided"
-    vision: VisionConfig = VisionConfig()
-    image: TowerConfig = TowerConfig()
-    compression: CompressionConfig = CompressionConfig(layers=(1, 2, 3))
-    text: TextConfig = TextConfig()
-    fusion: FusionConfig = FusionConfig()
-    relation: RelationConfig = RelationConfig()
-    weights: GuidedWeights = GuidedWeights()
-    score: ScoreConfig = ScoreConfig()
-    pairs_every: Every = Field(1, description="matching and relation are computed at every k-th step, at full weight")
-    mlm_every: Every = Field(1, description="masked words likewise")
-    mlm_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="of the words that are asked for")
-    itc_gather: Literal["detached", "full"] = Field("full", description="as in blip2_stage1; 'full' is exact")
-    itc_same_image: bool = Field(False, description="rows of one image are positives of one another")
-    temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
-    local_temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="that of token similarities; learned")
-    temperature_range: tuple[float, float] = Field((0.001, 0.5), description="both are held inside on every step")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> GuidedConfig:
-        check_widths(self.image, self.fusion)
-        return self
-
-
-def check_widths(image: TowerConfig, fusion: FusionConfig) -> None:
-    """Raises ValueError where a width does not divide among its heads."""
-    for name, section in (("image", image), ("fusion", fusion)):
-        if section.width % section.heads:
-            raise ValueError(f"{name}.width {section.width} does not divide among {name}.heads {section.heads}")
 
 
 class Alone(NamedTuple):

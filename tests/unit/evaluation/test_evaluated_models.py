@@ -45,7 +45,7 @@ def data(folder: Path) -> Path:
 def models(folder: Path) -> dict[str, str]:
     """Artefacts of every method, their weights moved far from the start."""
     out = {}
-    for method in ("blip2_stage1", "blip2_stage2", "projector"):
+    for method in ("blip2_stage1", "blip2_stage2", "guided", "guided_vqa", "projector"):
         config = recipe(method, folder)
         stage = build(config, with_vision=True)
         moved(stage.module)
@@ -163,6 +163,30 @@ def test_captioning_names_the_prompt_that_was_used(
     rows = pq.read_table(tmp_path / "out" / "rows.parquet").to_pylist()
     captions = [row["caption"] for row in sorted(rows, key=lambda row: str(row["key"]))]
     assert captions == alone[used] and alone["a photo of"] != alone[""]
+
+
+def test_guided_reranks_by_looking_at_each_image_under_each_text(models: dict[str, str], data: Path) -> None:
+    plain, full = (run(models["guided"], data, "retrieval", rerank=k) for k in (0, COUNT))
+    assert full["tr_mean_rank"] != plain["tr_mean_rank"]
+    judged = run(models["guided"], data, "matching")
+    assert 0 <= judged["itm_auc"] <= 1 and judged["negatives"] == COUNT
+    # Re-ranking all candidates is scoring every pair by the unguided cosine and the guided score.
+    module = load_artefact(models["guided"]).stage.module
+    read = _features(module, models["guided"], data)
+    texts = list(CAPTIONS[:COUNT])
+    with torch.no_grad():
+        sims = module.embed_images(read)[:, 0] @ module.embed_texts(texts).T
+        pairs = module.match(read.repeat_interleave(COUNT, 0), texts * COUNT).view(COUNT, COUNT)
+    ranks = ((sims + pairs) >= (sims + pairs).diagonal().unsqueeze(1)).sum(1).float()
+    assert full["tr_mean_rank"] == pytest.approx(float(ranks.mean()))
+
+
+def test_answers_of_a_closed_set_are_scored_by_the_same_task(models: dict[str, str], data: Path) -> None:
+    result = run(models["guided_vqa"], data, "vqa")
+    assert result["questions"] == sum(1 + n % 3 for n in range(COUNT)) and 0 <= result["vqa_accuracy"] <= 1
+    assert result["vqa_accuracy_prior"] == 1.0 and 1 <= result["answers_distinct"] <= 5
+    with pytest.raises(ConfigError, match="implements no Embeds"):
+        run(models["guided_vqa"], data, "retrieval")
 
 
 def test_what_a_method_cannot_do_is_said(models: dict[str, str], data: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from isthmus.config import CompressionConfig, TowerConfig, VisionConfig, load_run
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods import method_configs
-from isthmus.methods.guided import GuidedWeights
+from isthmus.methods.guided_config import GuidedWeights
 from isthmus.models.compressible import Guide
 from method_cases import batch, build, moved, recipe, samples
 

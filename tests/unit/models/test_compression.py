@@ -86,7 +86,7 @@ def test_bad_settings_are_named() -> None:
 
 def test_the_highest_scores_stay_in_their_old_order_and_the_rest_is_their_weighted_mean() -> None:
     x = torch.randn(1, 5, 3)
-    scores = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
+    scores = torch.tensor([[0.1, 0.3, 0.05, 0.4, 0.15]])  # the later one scores higher
     out, places = compress(x, scores, 2)
     assert places.tolist() == [[1, 3, FUSED]] and torch.equal(out[:, :2], x[:, [1, 3]])
     torch.testing.assert_close(out[:, 2], (0.1 * x[:, 0] + 0.05 * x[:, 2] + 0.15 * x[:, 4]) / 0.3)
