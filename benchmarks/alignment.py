@@ -45,6 +45,9 @@ CONFIG = ProjectorConfig(
 def main() -> None:
     """Features, CKA, training, figures."""
     options, started = _options(), time.perf_counter()
+    if not Path(options.data, "train", "manifest.json").exists():
+        print(f"No pictures in {options.data}: run `isthmus data fetch all` and index both of its folders.")
+        return
     cache = Path(options.cache)
     cache.mkdir(parents=True, exist_ok=True)
     train, heldout, cifar = (

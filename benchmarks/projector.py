@@ -49,12 +49,14 @@ def main() -> None:
     options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    assert options.samples % options.batch == 0, "the plain loop knows no padding: let --batch divide --samples"
+    for size in (options.batch, options.token_batch):
+        assert options.samples % size == 0, "the plain loop knows no padding: let the batches divide --samples"
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         data = make_data(Path(folder), options.samples)
         found: dict[str, object] = {"batch": options.batch, "samples": options.samples, "dropout": options.dropout}
-        for pool in ("pool-then-project", "project-then-pool"):
-            found |= compare(data, options, pool)
+        found |= compare(data, options, "pool-then-project")
+        fewer = argparse.Namespace(**{**vars(options), "batch": options.token_batch})  # 36 times the arithmetic
+        found |= {"all_tokens_batch": options.token_batch, **compare(data, fewer, "project-then-pool")}
     report(found, options.json)
 
 
@@ -267,6 +269,7 @@ def _rate() -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--token-batch", type=int, default=64, help="where each image token is projected")
     parser.add_argument("--samples", type=int, default=4096, help="92 kB each of features on disk")
     parser.add_argument("--steps", type=int, default=4, help="of a round")
     parser.add_argument("--repeats", type=int, default=7, help="alternating rounds; their median counts")
