@@ -336,7 +336,8 @@ class CoOptimise(SeeingModule):
     @torch.no_grad()
     def scores(self, first: Tokens, second: Tokens) -> Tensor:
         """How well pairs of tokens belong together, float32 [B]: the matching head's log-odds; or else gamma x how well
-        the second side's tokens agree with what they attend to.
+        the second side's tokens agree with what they attend to. Of rows in succession that share their first side, as
+        in ranking, it is projected once.
 
         Raises:
             ConfigError: the model has neither.
@@ -345,8 +346,12 @@ class CoOptimise(SeeingModule):
             raise ConfigError(
                 "This model was trained by contrast alone: it has nothing to match with.", "Use rerank: 0."
             )
-        found = self._project((first, second))
-        rows = dict(zip(self._judged, self._judge(*_flat(found.first), *_flat(found.second)), strict=True))
+        projection = self.projection if self.cross_projection is None else self.cross_projection
+        dtype = next(projection.parameters()).dtype
+        opens_B, run_B = _runs(first.values_BND)
+        x = projection.one(0, first.values_BND[opens_B].to(dtype))[run_B]
+        y = projection.one(1, second.values_BND.to(dtype))
+        rows = dict(zip(self._judged, self._judge(x, first.mask_BN, y, second.mask_BN), strict=True))
         if self.itm_head is None:
             return self.config.gamma * rows["agreement"]
         logits_B2 = rows["logits"].float()
@@ -356,6 +361,13 @@ class CoOptimise(SeeingModule):
 def unit(vectors_BE: Tensor) -> Tensor:
     """float32, of length 1."""
     return F.normalize(vectors_BE.float(), dim=-1)
+
+
+def _runs(values_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """Of runs of equal rows: bool [B], True where one opens, and the number of each row's run, int64 [B]."""
+    opens_B = torch.ones(len(values_BND), dtype=torch.bool, device=values_BND.device)
+    opens_B[1:] = (values_BND[1:] != values_BND[:-1]).flatten(1).any(1)
+    return opens_B, opens_B.cumsum(0) - 1
 
 
 def _flat(tokens: Tokens) -> tuple[Tensor, Tensor]:
