@@ -21,7 +21,7 @@ from method_cases import ANSWERS, dropped, recipe
 
 pytestmark = pytest.mark.timeout(600)
 # Steep, so that larger steps blow up rounding: a small random language model, a choice among tokens.
-LR = {"blip2_stage2": 5e-4, "guided": 1e-3, "guided_vqa": 1e-3}
+LR = {"blip2_stage2": 5e-4, "guided": 1e-3}
 
 
 class Silent:
