@@ -19,12 +19,12 @@ import pytest
 
 from isthmus import cli
 from isthmus.config import to_yaml
-from isthmus.contracts import Captions, Embeds
+from isthmus.contracts import Answers, Captions, Embeds
 from isthmus.methods import METHODS
 from isthmus.registry.models import resolve
 from isthmus.testing.shards import image_bytes, write_tar
 from isthmus.training.metrics import read_rows
-from method_cases import CAPTIONS, build, recipe, run_config
+from method_cases import ANSWERS, CAPTIONS, build, recipe, run_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
@@ -65,6 +65,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Any) -> Iterator
     for number in range(IMAGES):
         members[f"s{number:03d}.png"] = image_bytes(number, (40, 40))
         members[f"s{number:03d}.txt"] = CAPTIONS[number % len(CAPTIONS)].encode()
+        asked = {"question": "what is it", "answers": [ANSWERS[number % len(ANSWERS)]]}
+        members[f"s{number:03d}.json"] = json.dumps({"questions": [asked]}).encode()
     write_tar(folder / "data" / "shard-0.tar", members)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", URI.format(folder))
@@ -99,7 +101,7 @@ def uri_of(method: str, home: Path, shell: Shell, trained: dict[str, str]) -> st
 
 def abilities(method: str, home: Path) -> set[type]:
     module = build(recipe(method, home / "parts")).module
-    return {kind for kind in (Embeds, Captions) if isinstance(module, kind)}
+    return {kind for kind in (Embeds, Captions, Answers) if isinstance(module, kind)}
 
 
 @EVERY
@@ -124,8 +126,8 @@ def test_a_run_is_registered_and_resumed_with_more_steps(
 @EVERY
 def test_it_is_evaluated_by_what_it_can_do(method: str, home: Path, shell: Shell, trained: dict[str, str]) -> None:
     uri, able = uri_of(method, home, shell, trained), abilities(method, home)
-    assert able, "a method that neither embeds nor captions is of no use to anybody"
-    named = {Embeds: "retrieval", Captions: "captioning"}
+    assert able, "a method that neither embeds nor captions nor answers is of no use to anybody"
+    named = {Embeds: "retrieval", Captions: "captioning", Answers: "vqa"}
     tasks = [task for kind, task in named.items() if kind in able]
     out = home / "evaluations" / method
     found = shell(
@@ -137,6 +139,8 @@ def test_it_is_evaluated_by_what_it_can_do(method: str, home: Path, shell: Shell
         assert 0 <= found["tr_at_1"] <= found["tr_at_5"] <= 1 and 0 <= found["ir_at_1"] <= found["ir_at_5"] <= 1
     if Captions in able:
         assert found["cider"] >= 0 and "cider_permuted" in found
+    if Answers in able:
+        assert 0 <= found["vqa_exact_match"] <= 1 and found["questions"] == IMAGES
     assert json.loads((out / "metrics.json").read_text())["data_digest"] == found["data_digest"]
 
 
@@ -148,9 +152,10 @@ def test_it_embeds_or_captions_a_whole_set(method: str, home: Path, shell: Shell
         report = shell("embed", f"model={uri}", f"data={home}/data", f"out={out}")
         assert (report["expected"], report["images"], report["quarantined"]) == (IMAGES, IMAGES, 0)
         assert np.allclose([np.linalg.norm(row["embedding"]) for row in texts_of(out)], 1.0, atol=1e-4)
-    if Captions in able:
+    if able & {Captions, Answers}:
         out = home / "captions" / method
-        report = shell("caption", f"model={uri}", f"data={home}/data", f"out={out}", "max_new_tokens=4")
+        asked = ["prompt=what is it"] if Answers in able else []
+        report = shell("caption", f"model={uri}", f"data={home}/data", f"out={out}", "max_new_tokens=4", *asked)
         assert (report["expected"], report["captioned"], report["quarantined"]) == (IMAGES, IMAGES, 0)
 
 
@@ -172,9 +177,10 @@ def test_one_service_answers_for_all_of_them(home: Path, shell: Shell, trained: 
             able = abilities(method, home)
             if Embeds in able:
                 check_vectors(method, home, ask(url, "embeddings", method))
-            if Captions in able:
+            if able & {Captions, Answers}:
                 said = ask(url, "chat/completions", method)(question())
-                assert isinstance(said["choices"][0]["message"]["content"], str)
+                content = said["choices"][0]["message"]["content"]
+                assert isinstance(content, str) and (Captions in able or content in ANSWERS)
                 assert said["usage"]["completion_tokens"] >= 1
     finally:
         shutdown()
@@ -194,7 +200,7 @@ def picture(number: int) -> str:
 
 
 def question() -> dict[str, Any]:
-    content = [{"type": "image_url", "image_url": {"url": picture(0)}}]
+    content = [{"type": "image_url", "image_url": {"url": picture(0)}}, {"type": "text", "text": "what is it"}]
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.contracts import Captions, Embeds, Hears, Sample, Sees, StageModule
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Sample, Sees, StageModule
 from isthmus.errors import ConfigError
 
 
@@ -66,11 +66,18 @@ class Engine:
 
     @torch.inference_mode()
     def caption(self, features_BND: Tensor, how: Generation) -> list[str]:
-        """One stripped caption per image.
+        """One stripped caption per image; of a model that answers questions, its answer to the prompt.
 
         Raises:
-            ConfigError: the model is of a method that writes no captions.
+            ConfigError: the model is of a method that writes no captions, or answers and is asked nothing.
         """
+        if isinstance(self.module, Answers):
+            if not how.prompt:
+                raise ConfigError(
+                    f"{self.name} answers questions and writes no captions.",
+                    "Ask one of every image: prompt='how many dogs are there?'.",
+                )
+            return self.module.answer(features_BND, [how.prompt] * len(features_BND))
         if not isinstance(self.module, Captions):
             raise ConfigError(
                 f"{self.name} writes no captions.", "Name a model whose method does, such as blip2_stage2."

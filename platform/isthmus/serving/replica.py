@@ -20,7 +20,7 @@ from ray import serve
 from torch import Tensor
 
 from isthmus.config import ServeConfig, TrackingConfig
-from isthmus.contracts import Captions, Embeds, Hears, Sees
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Sees
 from isthmus.data.clips import ClipTransform, clip_transform
 from isthmus.data.media import Limits
 from isthmus.errors import ConfigError
@@ -75,6 +75,7 @@ def capabilities(module: Any, transform: Any = None) -> tuple[str, ...]:
     moving = hears and clips is not None and clips.modality == "video-audio"
     able = {
         "caption-images": sees and isinstance(module, Captions),
+        "answer-questions": sees and isinstance(module, Answers),
         "embed-images": sees and not moving and (hears or isinstance(module, Embeds)),
         "embed-clips": sees and moving,
         "embed-texts": isinstance(module, Embeds),
@@ -112,8 +113,13 @@ class ModelReplica:
         return Card(self._able, self._loaded.version, self._created)
 
     async def caption(self, image: bytes, prompt: str, max_new_tokens: int) -> Caption | Refusal:
-        """The caption of one encoded image, or why there is none."""
-        if "caption-images" not in self._able:
+        """The caption of one encoded image, or the answer to a question about it, or why there is none."""
+        if "answer-questions" in self._able and not prompt:
+            return Refusal(
+                f"The model '{self._name}' answers questions, and the request holds none: add a text part.",
+                "unsupported_capability",
+            )
+        if not {"caption-images", "answer-questions"} & set(self._able):
             return self._cannot("caption images")
         pixels_CHW = await self._pixels(image)
         if isinstance(pixels_CHW, Refusal):
@@ -181,6 +187,12 @@ class ModelReplica:
         """The encoder runs over the whole batch, the language model over each group of equal prompt and budget."""
         module = self._loaded.module
         features_BND = module.encode_images(self._stack([pixels for pixels, _, _ in asked]))
+        if isinstance(module, Answers):
+            answers = module.answer(features_BND, [prompt for _, prompt, _ in asked])
+            return [
+                Caption(text, count_tokens(module, prompt), max(1, count_tokens(module, text)), False, len(asked))
+                for text, (_, prompt, _) in zip(answers, asked, strict=True)
+            ]
         groups: dict[tuple[str, int], list[int]] = {}
         for i, (_, prompt, budget) in enumerate(asked):
             groups.setdefault((prompt, budget), []).append(i)

@@ -13,16 +13,16 @@ import torch
 from isthmus.config import CaptionConfig, TrackingConfig
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.stream import iter_samples
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.inference import caption as captioning
 from isthmus.inference.bulk import BulkReport
 from isthmus.inference.commits import Job, Ledger, chunks, digest_of
-from isthmus.inference.engine import Generation
+from isthmus.inference.engine import Engine, Generation
 from isthmus.inference.loading import LoadModel, ModelHandle, resolve_model
 from isthmus.methods.artefact import load_artefact, save_artefact
 from isthmus.models.freezing import owned_state
 from isthmus.testing.shards import make_dataset
-from method_cases import build, moved, recipe, run_config
+from method_cases import ANSWERS, build, moved, recipe, run_config
 
 COUNT, OWN = 4, "a photo of"
 
@@ -132,3 +132,13 @@ def test_without_a_prompt_in_the_recipe_a_job_keeps_its_digest(data: str) -> Non
     }  # fmt: skip
     found = captioning.caption_job(handle, manifest, config, Generation(""))
     assert found.digest == Job("caption", before).digest
+
+
+def test_a_model_that_answers_is_asked_the_prompt(folder: Path) -> None:
+    stage = build(recipe("guided_vqa", folder))
+    engine = Engine(stage.module.eval(), stage.transform, "models:/vqa/1")
+    features_BND = torch.randn(3, stage.image_spec["tokens"], stage.image_spec["width"])
+    answers = engine.caption(features_BND, Generation(prompt="what is it"))
+    assert len(answers) == 3 and set(answers) <= set(ANSWERS)
+    with pytest.raises(ConfigError, match="answers questions and writes no captions"):
+        engine.caption(features_BND, Generation())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.serving.replica import LoadedModel, ModelReplica
+from isthmus.serving.answers import Refusal
+from isthmus.serving.replica import LoadedModel, ModelReplica, capabilities
 
 
 class Model:
@@ -31,3 +34,30 @@ def test_a_request_without_text_gets_the_recipes_own_prompt() -> None:
     with torch.no_grad():
         answers = [caption.text for caption in replica._generate(asked)]
     assert answers == ["[a photo of] 0", "[the red] 1", "[a photo of] 2"]
+
+
+class Knowing:
+    """Answers from two that it knows."""
+
+    def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
+        return pixels_BCHW.mean((2, 3))[:, None]
+
+    def answer(self, features_BND: Tensor, questions: Sequence[str]) -> list[str]:
+        return [
+            "yes" if "any" in text and row.mean() > 0 else "no"
+            for row, text in zip(features_BND, questions, strict=True)
+        ]
+
+
+def test_a_model_that_answers_is_asked_and_a_caption_is_refused() -> None:
+    replica: Any = object.__new__(ModelReplica)
+    replica._name, replica._loaded = "knows", LoadedModel(Knowing(), lambda image: np.asarray(image), "v")
+    replica._able = capabilities(replica._loaded.module)
+    assert replica._able == ("answer-questions",)
+    asked = [(np.full((3, 2, 2), n, np.float32), text, 5) for n, text in [(1, "any cats"), (1, "a cat"), (0, "any")]]
+    answers = replica._generate(asked)
+    assert [(answer.text, answer.cut, answer.batch) for answer in answers] == [
+        ("yes", False, 3), ("no", False, 3), ("no", False, 3)
+    ]  # fmt: skip
+    refused = asyncio.run(replica.caption(b"", "", 5))
+    assert isinstance(refused, Refusal) and "answers questions" in refused.message
