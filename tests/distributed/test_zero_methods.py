@@ -144,7 +144,7 @@ def test_norms_by_part_make_up_the_global_norm(method: str, made: Made) -> None:
             assert norms == pytest.approx({k: plain[row["step"]][k] for k in norms}, rel=1e-3, abs=1e-6), stage
             assert norms["grad_norm/frozen"] == 0.0
     named = {"blip2_stage1": "qformer.cross", "blip2_stage2": "projection", "projector": "image_projector.tokens"}
-    named |= {"co_optimise": "second_asks", "guided": "streams.image", "guided_vqa": "streams.image"}
+    named |= {"co_optimise": "second_asks.output", "guided": "streams.image", "guided_vqa": "streams.image"}
     assert plain[1][f"grad_norm/{named[method]}"] > 0
 
 

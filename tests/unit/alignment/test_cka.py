@@ -89,7 +89,7 @@ def test_permuted_pairs_lie_below_related_ones() -> None:
     for kernel in (Covariance, rbf_gram):
         found = similarity(kernel(x), kernel(y), permutations=20)
         assert found.debiased > 0.4 > 0.1 > found.debiased_permuted_most
-        assert abs(found.debiased_permuted) < 0.02 < found.biased_permuted
+        assert abs(found.debiased_permuted) < 0.005 and found.biased_permuted > 0.01  # what is left is bias
 
 
 def test_the_rbf_width_is_the_median_distance() -> None:

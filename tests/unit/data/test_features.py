@@ -44,6 +44,7 @@ class FakeEncoder(torch.nn.Module):
 def fake_vision(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("isthmus.models.vision")
     module.build_vision = FakeEncoder
+    module.encode_pixels = lambda encoder, pixels: encoder(pixels)
     monkeypatch.setitem(sys.modules, "isthmus.models.vision", module)
     monkeypatch.setattr(encode, "ray_is_up", lambda: False)
     monkeypatch.setattr(encode, "_chunk_rows", lambda sample_bytes: 4)

@@ -19,7 +19,7 @@ from method_cases import batch, build, recipe, samples
 
 WAYS = {
     "blip2_stage1": {"generated", "matched"}, "blip2_stage2": {"generated"}, "projector": {"matched"},
-    "guided": {"matched"}, "guided_vqa": {"answered"},
+    "co_optimise": {"matched"}, "guided": {"matched"}, "guided_vqa": {"answered"},
 }  # fmt: skip
 
 
