@@ -136,7 +136,7 @@ def test_the_tracking_server_goes_and_comes_back(ground: Path, control: str, rep
     thread = threading.Thread(target=trouble)
     try:
         thread.start()
-        run = chaos_method.recipe(ground, name, tracking=server.uri, method={"pause_s": 0.3, "hold_at": 10})
+        run = chaos_method.recipe(ground, name, tracking=server.uri, method={"pause_s": 1.0, "hold_at": 10})
         fit(run, progress=False)
         thread.join()
         ended = time.time()
