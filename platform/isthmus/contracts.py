@@ -341,9 +341,15 @@ class Captions(Protocol):
     ) -> list[str]:
         """One stripped caption per image; ``prompt`` is one for all of them, or one each; "" is none at all.
 
-        None is the recipe's own, which a method that has one names in its attribute ``own_prompt``.
+        None is the recipe's own, which a method that has one names in its attribute ``own_prompt``. A method whose
+        decoder starts from the image alone says so by ``takes_prompt = False``, and raises ConfigError for a prompt.
         """
         ...
+
+
+def takes_prompt(module: object) -> bool:
+    """Whether captions (or answers) of a module may be asked for with a text."""
+    return isinstance(module, Answers) or (isinstance(module, Captions) and getattr(module, "takes_prompt", True))
 
 
 @runtime_checkable

@@ -109,6 +109,8 @@ class Blip2Stage1(SeeingModule):
         recompute: gradient checkpointing.
     """
 
+    takes_prompt = False  # captions start from the queries alone
+
     def __init__(
         self,
         config: Blip2Stage1Config,

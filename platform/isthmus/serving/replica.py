@@ -20,7 +20,7 @@ from ray import serve
 from torch import Tensor
 
 from isthmus.config import ServeConfig, TrackingConfig
-from isthmus.contracts import Answers, Captions, Embeds, Hears, Sees
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Sees, takes_prompt
 from isthmus.data.clips import ClipTransform, clip_transform
 from isthmus.data.media import Limits
 from isthmus.errors import ConfigError
@@ -75,6 +75,7 @@ def capabilities(module: Any, transform: Any = None) -> tuple[str, ...]:
     moving = hears and clips is not None and clips.modality == "video-audio"
     able = {
         "caption-images": sees and isinstance(module, Captions),
+        "take-prompts": sees and takes_prompt(module),
         "answer-questions": sees and isinstance(module, Answers),
         "embed-images": sees and not moving and (hears or isinstance(module, Embeds)),
         "embed-clips": sees and moving,
@@ -121,6 +122,11 @@ class ModelReplica:
             )
         if not {"caption-images", "answer-questions"} & set(self._able):
             return self._cannot("caption images")
+        if prompt and "take-prompts" not in self._able:
+            return Refusal(
+                f"The model '{self._name}' captions an image as it is and takes no text: leave the text part out.",
+                "unsupported_capability",
+            )
         pixels_CHW = await self._pixels(image)
         if isinstance(pixels_CHW, Refusal):
             return pixels_CHW

@@ -53,7 +53,7 @@ def test_a_model_that_answers_is_asked_and_a_caption_is_refused() -> None:
     replica: Any = object.__new__(ModelReplica)
     replica._name, replica._loaded = "knows", LoadedModel(Knowing(), lambda image: np.asarray(image), "v")
     replica._able = capabilities(replica._loaded.module)
-    assert replica._able == ("answer-questions",)
+    assert replica._able == ("take-prompts", "answer-questions")
     asked = [(np.full((3, 2, 2), n, np.float32), text, 5) for n, text in [(1, "any cats"), (1, "a cat"), (0, "any")]]
     answers = replica._generate(asked)
     assert [(answer.text, answer.cut, answer.batch) for answer in answers] == [
@@ -61,3 +61,17 @@ def test_a_model_that_answers_is_asked_and_a_caption_is_refused() -> None:
     ]  # fmt: skip
     refused = asyncio.run(replica.caption(b"", "", 5))
     assert isinstance(refused, Refusal) and "answers questions" in refused.message
+
+
+def test_a_model_without_prompts_refuses_one_before_it_joins_a_batch() -> None:
+    """Or one client's text would fail the captions of all who share its batch."""
+
+    class Plain(Model):
+        takes_prompt = False
+
+    replica: Any = object.__new__(ModelReplica)
+    replica._name, replica._loaded = "plain", LoadedModel(Plain(), lambda image: np.asarray(image), "v")
+    replica._able = capabilities(replica._loaded.module)
+    assert replica._able == ("caption-images",) and "take-prompts" in capabilities(Model())
+    refused = asyncio.run(replica.caption(b"", "what is it", 5))
+    assert isinstance(refused, Refusal) and "takes no text" in refused.message
