@@ -12,8 +12,8 @@ class Card:
     """A loaded model.
 
     Attributes:
-        capabilities: any of ``caption-images``, ``take-prompts``, ``answer-questions``, ``embed-images``, ``embed-clips``,
-            ``embed-texts``, ``embed-sounds``.
+        capabilities: any of ``caption-images``, ``take-prompts``, ``answer-questions``, ``embed-images``,
+            ``embed-clips``, ``embed-texts``, ``embed-sounds``.
         version: registered version or folder.
         created: seconds since the epoch at which the replica had loaded it.
     """
