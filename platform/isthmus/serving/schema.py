@@ -106,7 +106,7 @@ class EmbeddingRequest(Strict):
     """Body of ``POST /v1/embeddings``. ``all_vectors`` is an addition of this service."""
 
     model: str
-    input: str | list[Any]
+    input: str | dict[str, Any] | list[Any]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(gt=0)] | None = None
     user: str | None = None

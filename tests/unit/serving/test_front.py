@@ -182,6 +182,8 @@ def test_embeddings_in_both_encodings(client: TestClient) -> None:
     plain = client.post("/v1/embeddings", json=body).json()
     assert [row["index"] for row in plain["data"]] == [0, 1]
     assert plain["usage"]["total_tokens"] == 4
+    alone = client.post("/v1/embeddings", json=body | {"input": {"text": "b"}}).json()["data"]  # one need not be a list
+    assert [row["embedding"] for row in alone] == [plain["data"][1]["embedding"]]
     packed = client.post("/v1/embeddings", json=body | {"encoding_format": "base64"}).json()["data"][0]["embedding"]
     assert np.allclose(np.frombuffer(base64.b64decode(packed), "<f4"), plain["data"][0]["embedding"])
 
@@ -193,6 +195,7 @@ def test_embeddings_in_both_encodings(client: TestClient) -> None:
         ("", "input"),
         ([[1, 2]], "input.0"),
         (["a", {"image": "x"}], "input.1.image"),
+        ({"image": "x"}, "input.image"),
         (["a", URL], "input.1"),
         (["a"] * 257, "input"),
     ],
