@@ -14,8 +14,7 @@ from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Question, Sa
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
-from isthmus.methods.co_optimise import CoOptimiseConfig
-from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig
+from isthmus.methods.co_optimise_config import AttentionConfig, CoOptimiseConfig, MatchConfig
 from isthmus.methods.guided_config import GuidedConfig, RelationConfig
 from isthmus.methods.guided_vqa import GuidedVqaConfig
 from isthmus.methods.projector import ProjectorConfig

@@ -14,8 +14,6 @@ from pydantic import ValidationError
 
 from isthmus.contracts import Batch, LocalComm, Stage
 from isthmus.errors import ConfigError
-from isthmus.methods import co_optimise
-from isthmus.methods.co_optimise import CoOptimise
 from isthmus.methods.co_optimise_config import (
     AttentionConfig,
     CoOptimiseConfig,
@@ -23,6 +21,8 @@ from isthmus.methods.co_optimise_config import (
     MatchConfig,
     WeightingConfig,
 )
+from isthmus.methods.co_optimise_model import flat
+from isthmus.methods.co_optimise_objective import WATCHED_EVERY, CoOptimise
 from isthmus.methods.sides import ImageSide, Tokens
 from method_cases import batch, build, moved, recipe, samples
 
@@ -60,7 +60,7 @@ def pooled_beside(module: Any, stage: Stage, partner: str, fused: bool = False) 
         found = module._project(module._read(made), made)
         if not fused:
             return found.first_BE
-        seen = module.first_asks(*co_optimise._flat(found.first), *co_optimise._flat(found.second))
+        seen = module.first_asks(*flat(found.first), *flat(found.second))
         return (found.first.values_BND + seen).mean(1)
 
 
@@ -195,7 +195,7 @@ def test_a_collapse_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture)
     shares = [0.0, 0.004, 0.3, 0.28, 0.01, 0.005]  # a start from zero is no collapse
     with caplog.at_level(logging.WARNING):
         for number, share in enumerate(shares):
-            module._watch(1, torch.tensor(share), number * co_optimise.WATCHED_EVERY)
+            module._watch(1, torch.tensor(share), number * WATCHED_EVERY)
             assert len(caplog.records) == (number >= 4)
     assert "second side has collapsed" in caplog.text
 
