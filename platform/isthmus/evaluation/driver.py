@@ -21,12 +21,14 @@ from isthmus.contracts import ModelVersion
 from isthmus.errors import ConfigError
 from isthmus.evaluation import java
 from isthmus.evaluation import model as models
+from isthmus.evaluation.held import Held, Rows, TaskResult
 from isthmus.evaluation.model import Loaded, LoadVersion
 from isthmus.evaluation.pool import Actors, Here
 from isthmus.evaluation.protocol import differences
 from isthmus.evaluation.samples import BulkCaptions, read_bulk_captions
 from isthmus.evaluation.sources import IndexedSource, Source, open_source
-from isthmus.evaluation.tasks import TASKS, Held, Rows, TaskResult, captioning
+from isthmus.evaluation.tasks import TASKS
+from isthmus.evaluation.writing_tasks import captioning
 
 LIBRARIES = ("torch", "transformers", "pycocoevalcap")
 UNITS = (
