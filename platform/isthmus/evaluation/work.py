@@ -9,9 +9,9 @@ B images, N image tokens, D vision width, Q query tokens, E shared embedding, P 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from isthmus.evaluation.model import Loaded
 from isthmus.evaluation.sources import Entry, Source
 from isthmus.evaluation.vqa import ask
 
+T = TypeVar("T")
 Kind = Literal["read", "embed", "embed_images", "embed_heard", "caption", "answer", "match", "judge"]
 
 
@@ -175,47 +176,53 @@ class Worker:
         if self.model is not None and isinstance(self.model.module, Answers):
             return self._choose(self.model.module, features_BND, questions)
         vqa, module = self.config.vqa, self._module(Captions, "vqa")
-        asked = [(i, ask(question.text, vqa)) for i, some in enumerate(questions) for question in some]
-        made: list[str] = []
-        for start in range(0, len(asked), self.config.batch):
-            images, prompts = zip(*asked[start : start + self.config.batch], strict=True)
-            made += _as_many(
-                module.generate(
-                    features_BND[list(images)],
-                    prompt=list(prompts),
-                    max_new_tokens=vqa.max_new_tokens,
-                    min_new_tokens=vqa.min_new_tokens,
-                    num_beams=vqa.num_beams,
-                    length_penalty=vqa.length_penalty,
-                ),
-                len(images),
+
+        def write(features_PND: Tensor, prompts: list[str]) -> list[str]:
+            made = module.generate(
+                features_PND,
+                prompt=prompts,
+                max_new_tokens=vqa.max_new_tokens,
+                min_new_tokens=vqa.min_new_tokens,
+                num_beams=vqa.num_beams,
+                length_penalty=vqa.length_penalty,
             )
-        rest = iter(made)
-        return [[next(rest) for _ in some] for some in questions]
+            return _as_many(made, len(prompts))
+
+        asked = [[ask(question.text, vqa) for question in some] for some in questions]
+        return self._of_pairs(write, features_BND, asked)
 
     def _choose(
         self, module: Answers, features_BND: Tensor, questions: Sequence[Sequence[Question]]
     ) -> list[list[str]]:
         """Answers from a closed set: the question goes in as it is, ``vqa``'s prompt and beams have no say."""
-        asked = [(i, question.text) for i, some in enumerate(questions) for question in some]
-        made: list[str] = []
-        for start in range(0, len(asked), self.config.batch):
-            images, texts = zip(*asked[start : start + self.config.batch], strict=True)
-            made += _as_many(module.answer(features_BND[list(images)], list(texts)), len(images))
-        rest = iter(made)
-        return [[next(rest) for _ in some] for some in questions]
+
+        def choose(features_PND: Tensor, texts: list[str]) -> list[str]:
+            return _as_many(module.answer(features_PND, texts), len(texts))
+
+        return self._of_pairs(choose, features_BND, [[question.text for question in some] for some in questions])
 
     def _score(self, kind: Kind, features_BND: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
         if kind == "match":
             score: Any = self._module(Matches, "re-ranking").match
         else:
             score = self._module(Judges, "matching").match_margin
+
+        def judge(features_PND: Tensor, some: list[str]) -> list[float]:
+            found: list[float] = score(features_PND, some, **self._length()).float().tolist()
+            return found
+
+        return self._of_pairs(judge, features_BND, texts)
+
+    def _of_pairs(
+        self, do: Callable[[Tensor, list[str]], list[T]], features_BND: Tensor, texts: Sequence[Sequence[str]]
+    ) -> list[list[T]]:
+        """What ``do`` makes of every image with each of its texts, ``batch`` pairs at a time."""
         pairs = [(i, text) for i, some in enumerate(texts) for text in some]
-        found: list[float] = []
+        made: list[T] = []
         for start in range(0, len(pairs), self.config.batch):
-            images, some = zip(*pairs[start : start + self.config.batch], strict=True)
-            found += score(features_BND[list(images)], list(some), **self._length()).float().tolist()
-        rest = iter(found)
+            images, asked = zip(*pairs[start : start + self.config.batch], strict=True)
+            made += do(features_BND[list(images)], list(asked))
+        rest = iter(made)
         return [[next(rest) for _ in some] for some in texts]
 
     def _module(self, kind: type, task: str) -> Any:
