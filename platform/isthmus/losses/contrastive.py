@@ -41,6 +41,11 @@ class Contrast:
         best_own_B = logits_BG.masked_fill(~self.positives_BG, -torch.inf).amax(1)
         return self.mean((best_own_B > best_other_B).float())
 
+    def to_mine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`isthmus.losses.matching.mine_negatives` reads: both logits without gradient, and bool [B, G], the
+        columns that are no row's negative."""
+        return self.i2t_BG.detach(), self.t2i_BG.detach(), self.positives_BG | ~self.valid_G
+
 
 def best_query(images_BQE: Tensor, texts_GE: Tensor) -> Tensor:
     """Similarity [B, G]: the largest over an image's vectors."""

@@ -26,7 +26,17 @@ from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.language import IGNORED, language_reference, next_token_count, next_token_sum
 from isthmus.losses.matching import Match, Negatives, matching, matching_reference, mine_negatives
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
-from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded, thinned
+from isthmus.methods.parts import (
+    PAIRS,
+    SeeingModule,
+    VisionNorm,
+    common_length,
+    image_ids,
+    in_parts,
+    seeded,
+    texts_of,
+    thinned,
+)
 from isthmus.models.attention import ImageMemory, ImageTokens
 from isthmus.models.noise import batch_keys
 from isthmus.models.qformer import QFormer, QFormerOutput, load_bert_layers
@@ -248,7 +258,7 @@ class Blip2Stage1(SeeingModule):
             self.comm,
             smoothing=self.config.label_smoothing,
             full_gradient=self.config.itc_gather == "full",
-            image_ids_B=_image_ids(batch) if self.config.itc_same_image else None,
+            image_ids_B=image_ids(batch) if self.config.itc_same_image else None,
         )
 
     def _match(self, memory: ImageMemory, itc: Contrast, batch: Batch) -> Match:
@@ -284,22 +294,13 @@ class Blip2Stage1(SeeingModule):
 
     def _pairs(self, itc: Contrast, batch: Batch) -> tuple[Negatives, Tensor, Tensor]:
         """Each row's negatives, and the ids and mask [3, B, T] of own text, own text, and negative text."""
-        ids_BT, mask_BT = self._common_length(batch)
-        negatives: Negatives = self.mine(
-            itc.i2t_BG.detach(),
-            itc.t2i_BG.detach(),
-            itc.positives_BG | ~itc.valid_G,
-            batch.valid_B,
-            self.comm,
-            seed=self.seed,
-            step=batch.step,
-        )
+        batch = common_length(batch, self.comm)
+        assert batch.ids_BT is not None and batch.mask_BT is not None
+        negatives: Negatives = self.mine(*itc.to_mine(), batch.valid_B, self.comm, seed=self.seed, step=batch.step)
         self._warn_without(negatives.counted_B, batch)
-        # Token ids are small: the whole table is gathered, and only image tokens are fetched by row.
-        other_ids_BT = self.comm.gather(ids_BT, grad=False)[negatives.text_B]
-        other_mask_BT = self.comm.gather(mask_BT, grad=False)[negatives.text_B]
-        ids_3BT = torch.stack([ids_BT, ids_BT, other_ids_BT])
-        return negatives, ids_3BT, torch.stack([mask_BT, mask_BT, other_mask_BT])
+        other_ids_BT, other_mask_BT = texts_of(batch, negatives.text_B, self.comm)
+        ids_3BT = torch.stack([batch.ids_BT, batch.ids_BT, other_ids_BT])
+        return negatives, ids_3BT, torch.stack([batch.mask_BT, batch.mask_BT, other_mask_BT])
 
     def _warn_without(self, counted_B: Tensor, batch: Batch) -> None:
         """Says once that ITM is left out where no row has anything to be told apart from."""
@@ -312,14 +313,6 @@ class Blip2Stage1(SeeingModule):
             batch.step,
             sorted(set(batch.sample_ids_B[batch.valid_B].tolist()))[:5],
         )
-
-    def _common_length(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids and mask padded to the longest text of all ranks."""
-        assert batch.ids_BT is not None and batch.mask_BT is not None
-        more = self.comm.max(batch.ids_BT.shape[1]) - batch.ids_BT.shape[1]
-        if not more:
-            return batch.ids_BT, batch.mask_BT
-        return F.pad(batch.ids_BT, (0, more)), F.pad(batch.mask_BT, (0, more))
 
     def _match_logits(
         self, memory: ImageMemory, ids_BT: Tensor, mask_BT: Tensor, noise_B: Tensor | None = None
@@ -407,13 +400,8 @@ class Blip2Stage1(SeeingModule):
         return ids_BT.to(self.temperature.device), mask_BT.to(self.temperature.device)
 
 
-PAIRS = ("own", "other image", "other text")
 PASSES = ("image", "text", *PAIRS, "generation")
 """Passes of the Q-Former in a step; dropout draws differ between them."""
-
-
-def _image_ids(batch: Batch) -> Tensor:
-    return batch.sample_ids_B if batch.image_ids_B is None else batch.image_ids_B
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:

@@ -138,14 +138,14 @@ class CoOptimise(PairModel):
     def _negatives(self, contrasted: Contrast | None, batch: Batch) -> Negatives:
         """Wrong partners of each row: hard ones by the contrast, any with equal chance where there is none."""
         if contrasted is not None:
-            logits = contrasted.i2t_BG.detach(), contrasted.t2i_BG.detach()
-            forbidden_BG = contrasted.positives_BG | ~contrasted.valid_G
+            logits_and_forbidden = contrasted.to_mine()
         else:
             valid_G = self.comm.gather(batch.valid_B, grad=False)
             own = self.comm.rank * len(batch) + torch.arange(len(batch), device=valid_G.device).unsqueeze(1)
             forbidden_BG = (own == torch.arange(len(valid_G), device=valid_G.device)) | ~valid_G
-            logits = (torch.zeros(forbidden_BG.shape, device=valid_G.device),) * 2
-        return mine_negatives(*logits, forbidden_BG, batch.valid_B, self.comm, seed=self.seed, step=batch.step)
+            logits_BG = torch.zeros(forbidden_BG.shape, device=valid_G.device)
+            logits_and_forbidden = logits_BG, logits_BG, forbidden_BG
+        return mine_negatives(*logits_and_forbidden, batch.valid_B, self.comm, seed=self.seed, step=batch.step)
 
     def _fetched(self, tokens: Tokens, index_B: Tensor) -> Tokens:
         mask_GN = self.comm.gather(tokens.mask_BN, grad=False)

@@ -33,8 +33,8 @@ from isthmus.losses.masked import mask_tokens, masked_count, masked_sum
 from isthmus.losses.matching import Negatives, matching, matching_reference, mine_negatives
 from isthmus.methods.blip2_stage1 import CollateStage1, tokenise
 from isthmus.methods.guided_config import GuidedConfig
-from isthmus.methods.guided_parts import PAIRS, common_length, draw_guided, pass_keys
-from isthmus.methods.parts import SeeingModule, in_parts, seeded
+from isthmus.methods.guided_parts import draw_guided, pass_keys
+from isthmus.methods.parts import PAIRS, SeeingModule, common_length, image_ids, in_parts, seeded, texts_of
 from isthmus.models.compression import Step, overlap
 from isthmus.models.dual_stream import DualStream, build_streams
 from isthmus.models.relations import RelationalHead
@@ -178,7 +178,7 @@ class Guided(SeeingModule):
         assert batch.ids_BT is not None and batch.mask_BT is not None
         comm, fusion = self.comm, [self._noise(batch, name) for name in PAIRS]
         noise_B3 = torch.stack([n for n in fusion if n is not None], 1) if self.training else None
-        ids_BT, mask_BT = (comm.gather(x, grad=False)[negatives.text_B] for x in (batch.ids_BT, batch.mask_BT))
+        ids_BT, mask_BT = texts_of(batch, negatives.text_B, comm)
         given = (batch.ids_BT, batch.mask_BT, ids_BT, mask_BT, found.numbers_BK, guided_B3, noise_B3)
         if self.micro_batch is None:
             trunk, states = (
@@ -279,14 +279,10 @@ class Guided(SeeingModule):
         )  # fmt: skip
 
     def _image_ids(self, batch: Batch) -> Tensor | None:
-        if not self.config.itc_same_image:
-            return None
-        return batch.sample_ids_B if batch.image_ids_B is None else batch.image_ids_B
+        return image_ids(batch) if self.config.itc_same_image else None
 
     def _negatives(self, itc: Contrast, batch: Batch) -> Negatives:
-        forbidden_BG = itc.positives_BG | ~itc.valid_G
-        logits = itc.i2t_BG.detach(), itc.t2i_BG.detach()
-        return mine_negatives(*logits, forbidden_BG, batch.valid_B, self.comm, seed=self.seed, step=batch.step)
+        return mine_negatives(*itc.to_mine(), batch.valid_B, self.comm, seed=self.seed, step=batch.step)
 
     def _held(self, temperature: Tensor) -> Tensor:
         # The value is held without cutting its gradient: at a bound, a step back inside stays possible.

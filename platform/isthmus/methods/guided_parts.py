@@ -1,33 +1,21 @@
-"""What the guided methods share: texts of one length on all ranks, draws of guidance, keys of the passes."""
+"""What the guided methods share: draws of guidance, keys of the passes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from isthmus.config import CompressionConfig
 from isthmus.contracts import Batch, Comm
 from isthmus.losses.counting import uniform
+from isthmus.methods.parts import PAIRS
 from isthmus.models.noise import row_keys
 
-PAIRS = ("own", "other image", "other text")
 PASSES = ("image", "text", "masked", "masked fusion", *PAIRS)
 """Passes of a step; dropout draws differ between them."""
 
 GUIDANCE_DRAW = 21  # sets the draw of guided pairs apart from those of negatives, captions and masks
-
-
-def common_length(batch: Batch, comm: Comm) -> Batch:
-    """The batch with its texts padded to the longest of all ranks, so that tokens can be gathered."""
-    assert batch.ids_BT is not None and batch.mask_BT is not None
-    more = comm.max(batch.ids_BT.shape[1]) - batch.ids_BT.shape[1]
-    if not more:
-        return batch
-    return replace(batch, ids_BT=F.pad(batch.ids_BT, (0, more)), mask_BT=F.pad(batch.mask_BT, (0, more)))
 
 
 def draw_guided(config: CompressionConfig, valid_B: Tensor, seed: int, step: int, comm: Comm) -> Tensor:

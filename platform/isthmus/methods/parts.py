@@ -1,4 +1,5 @@
-"""What the methods' modules share: the frozen image encoder's place, its trainable norm, seeded construction."""
+"""What the methods' modules share: the frozen image encoder's place, its trainable norm, judged pairs, seeded
+construction."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.config import TokenDropConfig
-from isthmus.contracts import Batch, StageModule
+from isthmus.contracts import Batch, Comm, StageModule
 from isthmus.errors import ConfigError
 from isthmus.models.attention import ImageTokens
 from isthmus.models.compression import drop_frozen
@@ -72,6 +73,31 @@ def thinned(image: ImageTokens, compression: TokenDropConfig | None) -> ImageTok
     if compression is None:
         return image
     return replace(image, tokens_BND=drop_frozen(image.tokens_BND, compression))
+
+
+PAIRS = ("own", "other image", "other text")
+"""The pairs of each row that are judged: its own, a wrong image with its text, its image with a wrong text."""
+
+
+def common_length(batch: Batch, comm: Comm) -> Batch:
+    """The batch with its texts padded to the longest of all ranks, so that tokens can be gathered."""
+    assert batch.ids_BT is not None and batch.mask_BT is not None
+    more = comm.max(batch.ids_BT.shape[1]) - batch.ids_BT.shape[1]
+    if not more:
+        return batch
+    return replace(batch, ids_BT=F.pad(batch.ids_BT, (0, more)), mask_BT=F.pad(batch.mask_BT, (0, more)))
+
+
+def texts_of(batch: Batch, rows_B: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T] of global rows; the ranks' texts have a common length. Token ids are small: the whole table
+    is gathered, and only image tokens are fetched by row."""
+    assert batch.ids_BT is not None and batch.mask_BT is not None
+    return comm.gather(batch.ids_BT, grad=False)[rows_B], comm.gather(batch.mask_BT, grad=False)[rows_B]
+
+
+def image_ids(batch: Batch) -> Tensor:
+    """Of the image of each row, int64 [B]; every sample is an image of its own where the data says nothing."""
+    return batch.sample_ids_B if batch.image_ids_B is None else batch.image_ids_B
 
 
 def in_parts(function: Callable[..., tuple[Tensor, ...]], rows: int, *given: Tensor | None) -> tuple[Tensor, ...]:
