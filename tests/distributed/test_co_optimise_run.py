@@ -11,23 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.config import RunConfig
-from isthmus.methods import METHODS
 from isthmus.methods.co_optimise_config import AttentionConfig, MatchConfig, WeightingConfig
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 from method_cases import recipe
+from training_cases import worker_of
 
 STEPS, LEFT = 9, 7  # an epoch is two steps and a half: two are over by then, and one is under way
-
-
-class Kept(list):  # type: ignore[type-arg]
-    """Rows; events and files are not looked at."""
-
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-    def artefact(self, name: str, data: bytes) -> None:
-        pass
 
 
 def run_config(root: str, name: str, stage: int = 0) -> RunConfig:
@@ -49,11 +39,7 @@ def run_config(root: str, name: str, stage: int = 0) -> RunConfig:
 
 def run_one(config: RunConfig, leave: int | None = None, forget: bool = False) -> dict[str, Any]:
     """One worker's life. ``leave``: ends before that step. ``forget``: the control, which loses the counts."""
-    from isthmus.data.manifest import Manifest
-    from isthmus.training.worker import Job, Worker
-
-    job = Job(config, METHODS["co_optimise"], len(Manifest.load(config.data.train)), None, {"data": {}}, None)
-    worker = Worker(job, torch.device("cpu"), rows := Kept())
+    worker, said = worker_of(config)
     step, start, weights = worker._step, worker._start, []
 
     def until(number: int, *rest: Any) -> None:
@@ -77,7 +63,7 @@ def run_one(config: RunConfig, leave: int | None = None, forget: bool = False) -
         worker.train()
     except RuntimeError as error:
         assert str(error) == "left"
-    return {"rows": list(rows), "weights": weights}
+    return {"rows": said.rows, "weights": weights}
 
 
 def scenarios(root: str) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import torch
 from heard_cases import gradients, heard_recipe, heard_samples
 from isthmus.config import RunConfig
 from isthmus.contracts import Comm, LocalComm
-from isthmus.data.manifest import Manifest, index
-from isthmus.methods import METHODS
+from isthmus.data.manifest import index
 from isthmus.testing.clips import make_clips
 from isthmus.testing.gloo import run_ranks
 from method_cases import batch, build, moved
+from training_cases import losses, worker_of
 
 ROWS = 6
 
@@ -55,24 +55,8 @@ def test_two_ranks_are_one() -> None:
             torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-class Silent:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-    def artefact(self, name: str, data: bytes) -> None:
-        pass
-
-
 def train(root: str, stages: tuple[int, ...]) -> dict[int, list[dict[str, float]]]:
     """Losses of each step on this rank's clips, decoded as in a run, by ZeRO stage."""
-    from isthmus.training.worker import Job, Worker
-
     out = {}
     for stage in stages:
         run = RunConfig.model_validate(
@@ -86,11 +70,9 @@ def train(root: str, stages: tuple[int, ...]) -> dict[int, list[dict[str, float]
                 "storage": f"{root}/runs",
             }
         )  # fmt: skip
-        job = Job(run, METHODS["co_optimise"], len(Manifest.load(f"{root}/clips")), None, {"data": {}}, None)
-        said = Silent()
-        Worker(job, torch.device("cpu"), said).train()
-        losses = [{k: v for k, v in row["metrics"].items() if k.startswith("loss")} for row in said.rows]
-        out[stage] = losses
+        worker, said = worker_of(run)
+        worker.train()
+        out[stage] = [losses(row) for row in said.rows]
     return out
 
 

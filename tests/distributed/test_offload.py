@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import tiny_method as tiny
 from isthmus.config import RunConfig
-from isthmus.data.manifest import Manifest, index
+from isthmus.data.manifest import index
 from isthmus.methods import METHODS
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 from method_cases import recipe as method_recipe
+from training_cases import worker_of
 
 STEPS = 20
 OPTIMIZER, BOTH = {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
@@ -38,21 +39,6 @@ PAIRS = (
 )
 
 
-class Kept:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def event(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def artefact(self, name: str, data: bytes) -> None:
-        """Not of interest here."""
-
-
 def recipe(root: str, name: str, zero: dict[str, object], **method: Any) -> RunConfig:
     train = {"precision": "fp32", "steps": STEPS, "log_every": 1, "checkpoint_every": 6}
     return tiny.recipe(root, name.replace(" ", "-"), method=method, train=train, zero=zero)
@@ -67,11 +53,7 @@ def stage2(root: str, name: str, zero: dict[str, object]) -> RunConfig:
 
 
 def run_one(config: RunConfig) -> dict[str, Any]:
-    from isthmus.training.worker import Job, Worker
-
-    spec = METHODS.get(config.method.name, tiny.SPEC)
-    job = Job(config, spec, len(Manifest.load(config.data.train)), None, {"data": {}}, None)
-    worker = Worker(job, torch.device("cpu"), out := Kept())
+    worker, out = worker_of(config, METHODS.get(config.method.name, tiny.SPEC))
     fault = None
     try:
         worker.train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,12 @@ from isthmus.methods.projector import ProjectorConfig
 from isthmus.testing.backbones import tiny_bert, tiny_cnn_config
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
+from training_cases import worker_of
 
 STEPS = 9
 STAGES = (0, 1, 2, 3)
 PLACEMENTS = {"inline": lambda root: {}, "streamed": lambda root: {}, "cached": lambda root: {"cache": f"{root}/cache"}}
 STILL = {"steps": 3, "global_batch": 8, "lr": 1e-2, "frozen": ("hidden.*",)}
-
-
-@dataclass
-class Kept:
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    artefacts: dict[str, bytes] = field(default_factory=dict)
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def event(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def artefact(self, name: str, data: bytes) -> None:
-        self.artefacts[name] = data
 
 
 def recipe(root: str, name: str, *, stage: int = 2, workers: int = 2, **method: Any) -> RunConfig:
@@ -62,11 +46,8 @@ def convolutional(root: str, stage: int, max_length: int = 32, **data: Any) -> R
 
 def run_one(config: RunConfig) -> dict[str, Any]:
     """One worker's life; what it said, and how it ended."""
-    from isthmus.training.worker import Job, Worker
-
-    samples = len(Manifest.load(config.data.train))
     spec = tiny.SPEC if isinstance(config.method, tiny.TinyConfig) else METHODS[config.method.name]
-    worker = Worker(Job(config, spec, samples, None, {"data": {}}, None), torch.device("cpu"), out := Kept())
+    worker, out = worker_of(config, spec)
     fault = None
     try:
         worker.train()

@@ -12,30 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.config import RunConfig
-from isthmus.data.manifest import Manifest, index
+from isthmus.data.manifest import index
 from isthmus.methods import METHODS
 from isthmus.models.freezing import owned_parameters, state_digest
 from isthmus.testing.gloo import run_ranks
 from isthmus.testing.shards import make_dataset
 from method_cases import ANSWERS, dropped, recipe
+from training_cases import losses, worker_of
 
 pytestmark = pytest.mark.timeout(600)
 # Steep, so that larger steps blow up rounding: a small random language model, a choice among tokens.
 LR = {"blip2_stage2": 5e-4, "guided": 1e-3}
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-    def artefact(self, name: str, data: bytes) -> None:
-        pass
 
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
@@ -65,15 +52,12 @@ def frozen_digest(module: torch.nn.Module) -> str:
 
 def train_all(root: str, stages: tuple[int, ...], steps: int) -> dict[str, Any]:
     from isthmus.losses import language
-    from isthmus.training.worker import Job, Worker
 
     language.CHUNK_ELEMENTS = 300  # several chunks of logits, and not equally many on the ranks
     out: dict[str, Any] = {}
     for method in sorted(METHODS):
         for stage in stages:
-            config = run(root, method, stage, steps)
-            job = Job(config, METHODS[method], len(Manifest.load(config.data.train)), None, {"data": {}}, None)
-            worker = Worker(job, torch.device("cpu"), said := Silent())
+            worker, said = worker_of(run(root, method, stage, steps))
             build = worker._build
             digests = []
 
@@ -124,8 +108,8 @@ def test_zero_stages_give_one_trajectory(method: str, made: Made) -> None:
     expected = load_file(root / "runs" / f"{method}-0" / "artefact" / "model.safetensors")
     for stage in made.stages[1:]:
         for row in first[f"{method}-{stage}"]["rows"]:
-            losses = {k: v for k, v in row["metrics"].items() if k.startswith("loss")}
-            assert losses == pytest.approx({k: plain[row["step"]][k] for k in losses}, abs=1e-5), (stage, row["step"])
+            got = losses(row)
+            assert got == pytest.approx({k: plain[row["step"]][k] for k in got}, abs=1e-5), (stage, row["step"])
         found = load_file(root / "runs" / f"{method}-{stage}" / "artefact" / "model.safetensors")
         assert found.keys() == expected.keys()
         for name, value in found.items():
