@@ -31,11 +31,27 @@ from isthmus import storage
 from isthmus.config import VisionConfig
 from isthmus.contracts import Sample
 from isthmus.data.clips import ClipTransform
+from isthmus.data.manifest import Manifest
 from isthmus.data.readers import Failure
 from isthmus.errors import DataError
 
 VERSION = 1
 HEADER, PLAN, PARTS = "cache.json", "plan.json", "parts"
+
+
+@dataclass(frozen=True)
+class EncodedBy:
+    """The image encoder that a model was trained on; a feature cache that it reads must be of the same.
+
+    Attributes:
+        digest: of the encoder's weights, "" where unknown.
+        vision: its configuration, None where unknown. Only its ``weights`` may differ: the digest has them.
+        clips: frames, seconds and patches of a model that hears.
+    """
+
+    digest: str = ""
+    vision: VisionConfig | None = None
+    clips: ClipTransform | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,22 @@ class FeatureCache:
         folder = storage.local_path(url) if storage.is_local(url) else _copied(url, meta)
         return cls(url, folder, meta)
 
+    @classmethod
+    def of_model(cls, url: str, manifest: Manifest, encoder: EncodedBy) -> FeatureCache:
+        """Open the cache of this data for a trained model.
+
+        Raises:
+            DataError: unfinished, damaged, of other data, or of another encoder, another size or layer of it, or other
+                frames and sounds than the model was trained on.
+        """
+        expect: dict[str, str | tuple[str, ...]] = {"manifest_digest": manifest.digests}
+        if encoder.digest:
+            expect["encoder_digest"] = encoder.digest
+        cache = cls.open(url, expect=expect)
+        _check_vision(cache, encoder.vision)
+        check_sounds(cache, encoder.clips)
+        return cache
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (FeatureCache.open, (self.url,))
 
@@ -270,6 +302,37 @@ def read_meta(url: str) -> CacheMeta:
     if meta.version != VERSION:
         raise DataError(f"The cache {url} has version {meta.version}, not {VERSION}.", "Build it again.")
     return meta
+
+
+def _check_vision(cache: FeatureCache, vision: VisionConfig | None) -> None:
+    made = VisionConfig(**cache.meta.vision)
+    fields = [name for name in VisionConfig.model_fields if name != "weights"]
+    if vision is None or all(getattr(vision, name) == getattr(made, name) for name in fields):
+        return
+    shown = ", ".join(
+        f"{name}: cache {getattr(made, name)!r}, model {getattr(vision, name)!r}"
+        for name in fields
+        if getattr(vision, name) != getattr(made, name)
+    )
+    raise DataError(
+        f"The feature cache {cache.url} is not of the encoder that the model was trained on ({shown}).",
+        "Build one for this model in another folder with `isthmus data cache`.",
+    )
+
+
+def check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
+    """Whether a cache holds the frames and sounds that a recipe reads, and none where it reads none.
+
+    Raises:
+        DataError: it does not.
+    """
+    if clips is None and cache.meta.sound is None:
+        return
+    if clips is None or cache.meta.transform_digest != clips.digest:
+        raise DataError(
+            f"The feature cache {cache.url} does not hold the frames and sounds that this recipe reads.",
+            "Build one in another folder: `isthmus data cache DATA OUT --recipe RECIPE`.",
+        )
 
 
 def check_alike(caches: Mapping[str, CacheMeta]) -> None:

@@ -281,7 +281,7 @@ def _cached_captions(caches: Sequence[FeatureCache], sets: Sets) -> CaptionsOf:
 
 def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCache]:
     """The feature cache of each set. Their features go into one batch, so they must be of one encoder and kind."""
-    from isthmus.data.features import FeatureCache, check_alike
+    from isthmus.data.features import FeatureCache, check_alike, check_sounds
 
     known = [("encoder_digest", base.digest) for base in stage.bases if base.role == "vision"][:1]
     caches: list[FeatureCache] = []
@@ -290,18 +290,8 @@ def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCach
         caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digests, **dict(known)}))
     check_alike({cache.url: cache.meta for cache in caches})
     for cache in caches:
-        _check_sounds(cache, clip_transform(stage.transform))
+        check_sounds(cache, clip_transform(stage.transform))
     return caches
-
-
-def _check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
-    if clips is None and cache.meta.sound is None:
-        return
-    if clips is None or cache.meta.transform_digest != clips.digest:
-        raise DataError(
-            f"The feature cache {cache.url} does not hold the frames and sounds that this recipe reads.",
-            "Build one in another folder: `isthmus data cache DATA OUT --recipe RECIPE`.",
-        )
 
 
 def _from_cache(cache: FeatureCache, manifest: Manifest, rows: Sequence[int]) -> list[Sample | Failure]:

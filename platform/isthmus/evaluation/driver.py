@@ -107,7 +107,7 @@ def _held(
     with ray_session(config.workers * config.cpus_per_worker) if config.workers and wanted else nullcontext():
         if not config.workers or not wanted:
             model = (loaded or make()) if wanted else loaded
-            source = open_source(config, model.vision_digest if model else "")
+            source = open_source(config, model.vision if model else None)
             yield Held(source, Here(model, source, config), config), _written(config, source)
             return
         source = open_source(config)

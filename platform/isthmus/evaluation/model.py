@@ -6,7 +6,7 @@ B images, N image tokens, D vision width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from isthmus.config import EvaluateConfig
 from isthmus.contracts import ModelVersion, Sample, Sees, StageModule
+from isthmus.data.features import EncodedBy
 from isthmus.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ class Loaded:
         version: as the registry resolved it.
         module: in eval mode on ``device``; implements some of Embeds, Matches, Captions, Sees.
         transform: PIL image -> float32 [3, H, W].
-        vision_digest: of its frozen image encoder, "" where unknown; a feature cache must match it.
+        vision: the frozen image encoder it was trained on; a feature cache must match it.
         bases: the frozen parts that it stands on, in words.
     """
 
@@ -35,7 +36,7 @@ class Loaded:
     module: StageModule
     transform: Any
     device: str = "cpu"
-    vision_digest: str = ""
+    vision: EncodedBy = field(default_factory=EncodedBy)
     bases: tuple[str, ...] = ()
 
     @property
@@ -105,9 +106,9 @@ def load(version: ModelVersion, *, with_vision: bool, gpu: bool | None = None) -
         raise ConfigError("gpus_per_worker is set, but torch sees no CUDA device here.", "Set gpus_per_worker to 0.")
     device = "cuda" if gpu or (gpu is None and torch.cuda.is_available()) else "cpu"
     artefact = load_artefact(version.path, with_vision=with_vision, device=device)
-    vision = next((base.digest for base in artefact.bases if base.role == "vision"), "")
     bases = tuple(f"{base.role} {base.weights}" for base in artefact.bases)
-    return Loaded(version, artefact.stage.module.to(device).eval(), artefact.stage.transform, device, vision, bases)
+    module = artefact.stage.module.to(device).eval()
+    return Loaded(version, module, artefact.stage.transform, device, artefact.encoded_by, bases)
 
 
 @dataclass(frozen=True)

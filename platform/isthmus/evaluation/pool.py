@@ -123,7 +123,7 @@ class Remote:
             torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else 1)
         model = self.load()
         check(model, self.config)
-        source = open_source(self.config, model.vision_digest)
+        source = open_source(self.config, model.vision)
         if source.digest != self.digest:
             raise DataError(f"{source.root} is another data set in a worker than in the driver.", "Do not change it.")
         self.worker = Worker(model, source, self.config)

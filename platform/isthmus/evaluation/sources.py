@@ -12,7 +12,7 @@ from isthmus import storage
 from isthmus.config import EvaluateConfig
 from isthmus.contracts import Sample
 from isthmus.data.clips import clip_transform
-from isthmus.data.features import FeatureCache
+from isthmus.data.features import EncodedBy, FeatureCache
 from isthmus.data.local import to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.questions import parse_questions
@@ -53,12 +53,12 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: EvaluateConfig, vision_digest: str = "") -> Source:
+def open_source(config: EvaluateConfig, encoder: EncodedBy | None = None) -> Source:
     """The data that the recipe names.
 
     Args:
         config: anchored.
-        vision_digest: the encoder that a feature cache must be of; "" for any.
+        encoder: what a feature cache must be of; None for any.
 
     Raises:
         DataError: not indexed, not of its layout, or a cache of something else.
@@ -66,7 +66,7 @@ def open_source(config: EvaluateConfig, vision_digest: str = "") -> Source:
     if config.layout:
         return LayoutSource(read_layout(config.layout))
     assert config.data is not None  # the configuration's own rule
-    return IndexedSource(config.data, config.cache, vision_digest)
+    return IndexedSource(config.data, config.cache, encoder)
 
 
 class IndexedSource:
@@ -75,15 +75,16 @@ class IndexedSource:
     classes: tuple[str, ...] = ()
     training: tuple[Question, ...] = ()
 
-    def __init__(self, url: str, cache: str | None = None, vision_digest: str = "") -> None:
+    def __init__(self, url: str, cache: str | None = None, encoder: EncodedBy | None = None) -> None:
         self.manifest = Manifest.load(url)
         self.root, self.digest = url, self.manifest.digest
         self.split = url.rstrip("/").rsplit("/", 1)[-1]
         self.ids = self.manifest.ids
-        expect: dict[str, str | tuple[str, ...]] = {"manifest_digest": self.manifest.digests}
-        if vision_digest:
-            expect["encoder_digest"] = vision_digest
-        self._cache = FeatureCache.open(cache, expect=expect) if cache else None
+        self._cache: FeatureCache | None = None
+        if cache and encoder:
+            self._cache = FeatureCache.of_model(cache, self.manifest, encoder)
+        elif cache:
+            self._cache = FeatureCache.open(cache, expect={"manifest_digest": self.manifest.digests})
 
     def read(self, rows: Sequence[int], transform: Transform | None, *, images: bool, extras: bool) -> list[Entry]:
         if self._cache is not None and images and not extras:

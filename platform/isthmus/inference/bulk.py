@@ -13,7 +13,7 @@ import ray
 
 from isthmus import storage
 from isthmus.contracts import Sample
-from isthmus.data.features import FeatureCache, read_meta
+from isthmus.data.features import read_meta
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.readers import Failure
 from isthmus.errors import DataError
@@ -120,18 +120,6 @@ def split(group: Sequence[Sample | Failure]) -> tuple[list[Sample], list[Quarant
     """The readable samples of a group, and the others as quarantine rows."""
     good = [item for item in group if isinstance(item, Sample)]
     return good, [from_failure(item) for item in group if isinstance(item, Failure)]
-
-
-def open_cache(url: str, manifest: Manifest, vision_digest: str) -> FeatureCache:
-    """The feature cache of this data set and, where the model knows its encoder's digest, of this encoder.
-
-    Raises:
-        DataError: unfinished, or of other data or another encoder.
-    """
-    expect: dict[str, str | tuple[str, ...]] = {"manifest_digest": manifest.digests}
-    if vision_digest:
-        expect["encoder_digest"] = vision_digest
-    return FeatureCache.open(url, expect=expect)
 
 
 def features_fact(cache: str | None) -> str:

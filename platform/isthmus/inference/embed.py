@@ -17,7 +17,7 @@ from isthmus.data.features import FeatureCache
 from isthmus.data.manifest import Manifest
 from isthmus.data.stream import iter_samples
 from isthmus.errors import ConfigError
-from isthmus.inference.bulk import Resources, features_fact, open_cache, open_data, run_bulk, split
+from isthmus.inference.bulk import Resources, features_fact, open_data, run_bulk, split
 from isthmus.inference.commits import Job, Quarantined
 from isthmus.inference.engine import Engine
 from isthmus.inference.loading import LoadModel, ModelHandle, resolve_model
@@ -124,7 +124,7 @@ class OpenEmbedWork:
     def __call__(self) -> EmbedWork:
         manifest = Manifest.load(self.data)
         engine = self.load()
-        cache = open_cache(self.cache, manifest, engine.vision_digest) if self.cache else None
+        cache = FeatureCache.of_model(self.cache, manifest, engine.vision) if self.cache else None
         return EmbedWork(engine, manifest, cache, self.batch, images=self.images, texts=self.texts)
 
 

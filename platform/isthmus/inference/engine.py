@@ -6,7 +6,7 @@ B images, N image tokens, D vision width, Q query tokens, E shared embedding, C 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from isthmus.contracts import Answers, Captions, Embeds, Hears, Sample, Sees, StageModule
+from isthmus.data.features import EncodedBy
 from isthmus.errors import ConfigError
 
 
@@ -40,14 +41,14 @@ class Engine:
         module: the method's module, in eval mode on ``device``.
         transform: PIL image -> float32 [3, H, W].
         name: how the model is called in results, such as ``models:/captioner/3``.
-        vision_digest: of the frozen image encoder it was trained on, "" where unknown; a feature cache must match.
+        vision: the frozen image encoder it was trained on; a feature cache must match.
     """
 
     module: StageModule
     transform: Any
     name: str
     device: str = "cpu"
-    vision_digest: str = ""
+    vision: EncodedBy = field(default_factory=EncodedBy)
 
     @torch.inference_mode()
     def features(self, samples: Sequence[Sample]) -> Tensor:

@@ -97,8 +97,7 @@ class LoadModel:
         device = pick_device(self.gpu)
         artefact = load_artefact(handle.path, with_vision=self.with_vision, device=device)
         module = artefact.stage.module.to(device).eval()
-        vision = next((base.digest for base in artefact.bases if base.role == "vision"), "")
-        return Engine(module, artefact.stage.transform, self.handle.uri, device, vision)
+        return Engine(module, artefact.stage.transform, self.handle.uri, device, artefact.encoded_by)
 
 
 def pick_device(gpu: bool) -> str:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from isthmus.config import RunConfig, load_run, to_yaml
 from isthmus.contracts import Base, BuildContext, Comm, LocalComm, Stage
+from isthmus.data.clips import clip_transform
+from isthmus.data.features import EncodedBy
 from isthmus.errors import RegistryError, WeightsError
 from isthmus.models.freezing import load_owned, owned_parameters
 from isthmus.models.partition import whole_shape
@@ -41,6 +43,13 @@ class Artefact:
     stage: Stage
     lineage: Mapping[str, Any]
     bases: tuple[Base, ...]
+
+    @property
+    def encoded_by(self) -> EncodedBy:
+        """The image encoder that the model was trained on, which its feature caches must be of."""
+        digest = next((base.digest for base in self.bases if base.role == "vision"), "")
+        vision = getattr(self.recipe.method, "vision", None)
+        return EncodedBy(digest, vision, clip_transform(self.stage.transform))
 
 
 def save_artefact(

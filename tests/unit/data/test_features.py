@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from isthmus.config import VisionConfig
 from isthmus.contracts import Base
 from isthmus.data import encode
-from isthmus.data.features import FeatureCache, build_cache
+from isthmus.data.clips import ClipTransform
+from isthmus.data.features import EncodedBy, FeatureCache, build_cache
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.data.transforms import ImageTransform, decode_image
@@ -153,6 +155,14 @@ def test_expectations_are_checked_on_opening(dataset: str, tmp_path: Path) -> No
     assert FeatureCache.open(out, expect={"encoder_digest": "base-1", "manifest_digest": digest})
     with pytest.raises(DataError, match="another encoder"):
         FeatureCache.open(out, expect={"encoder_digest": "base-2"})
+    manifest, model = Manifest.load(dataset), EncodedBy("base-1", VisionConfig(weights="elsewhere.safetensors"))
+    assert FeatureCache.of_model(out, manifest, model) and FeatureCache.of_model(out, manifest, EncodedBy())
+    with pytest.raises(DataError, match="another encoder"):
+        FeatureCache.of_model(out, manifest, replace(model, digest="base-2"))
+    with pytest.raises(DataError, match=r"trained on \(image_size: cache None, model 192, layer: cache -2, model -1\)"):
+        FeatureCache.of_model(out, manifest, replace(model, vision=VisionConfig(layer=-1, image_size=192)))
+    with pytest.raises(DataError, match="does not hold the frames and sounds"):
+        FeatureCache.of_model(out, manifest, replace(model, clips=ClipTransform(ImageTransform(32))))
     with pytest.raises(DataError, match="holds no feature cache"):
         FeatureCache.open(str(tmp_path))
     (tmp_path / "cache" / "parts" / "part-00000.arrow").unlink()
