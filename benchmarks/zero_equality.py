@@ -22,11 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from isthmus.config import MethodConfig, QFormerConfig, RunConfig
+from isthmus.config import CompressionConfig, FusionConfig, MethodConfig, QFormerConfig, RunConfig, TowerConfig
 from isthmus.data.manifest import Manifest, index
 from isthmus.methods import METHODS
 from isthmus.methods.blip2_stage1 import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
+from isthmus.methods.co_optimise_config import AttentionConfig, CoOptimiseConfig, MatchConfig
+from isthmus.methods.guided_config import GuidedConfig, RelationConfig
+from isthmus.methods.guided_vqa import GuidedVqaConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.models.freezing import owned_parameters, state_digest
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_vision_config
@@ -35,6 +38,12 @@ from isthmus.testing.shards import make_dataset
 
 STEPS, BATCH, SAMPLES, STAGES, WORKERS = 20, 8, 17, (0, 1, 2, 3), (1, 2)
 QFORMER = QFormerConfig(layers=2, width=32, heads=4, feed_forward=128, queries=4, dropout=0.1, embed=16)
+GUIDED: dict[str, Any] = {
+    "image": TowerConfig(layers=2, width=24, heads=4, feed_forward=48, dropout=0.1),
+    "compression": CompressionConfig(layers=(0, 1), keep=(0.5,)),
+    "fusion": FusionConfig(text_layers=1, fusion_layers=1, width=32, heads=4, feed_forward=128, dropout=0.1, embed=16),
+}
+ANSWERS = ("cat", "dog", "two", "red", "yes")
 RATE = {"blip2_stage2": 5e-4}  # its small random language model is steep: larger steps blow up rounding
 
 
@@ -44,6 +53,16 @@ def method_config(name: str, root: Path) -> MethodConfig:
     configs: dict[str, MethodConfig] = {
         "blip2_stage1": Blip2Stage1Config(vision=vision, text=text, qformer=QFORMER),
         "blip2_stage2": Blip2Stage2Config(vision=vision, qformer=QFORMER, language=tiny_lm(root / "lm")),
+        "co_optimise": CoOptimiseConfig(
+            vision=vision,
+            text=text,
+            embed=16,
+            dropout=0.1,
+            attention=AttentionConfig(heads=4),
+            itm=MatchConfig(weight=0.5),
+        ),
+        "guided": GuidedConfig(vision=vision, text=text, relation=RelationConfig(width=16, steps=2), **GUIDED),
+        "guided_vqa": GuidedVqaConfig(vision=vision, text=text, answers=ANSWERS, **GUIDED),
         "projector": ProjectorConfig(vision=vision, text=text, embed=16, dropout=0.1),
     }
     return configs[name]
@@ -112,7 +131,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="isthmus-zero-") as root:
-        index(str(make_dataset(Path(root) / "data", SAMPLES)))
+        index(str(make_dataset(Path(root) / "data", SAMPLES, answers=ANSWERS)))
         for method in options.methods:
             method_config(method, Path(root))  # writes the frozen parts before two processes would
         found: dict[str, Any] = {}
