@@ -5,10 +5,11 @@
 
 Contenders, on the same bytes, with as many workers as there are cores: the training path on threads and on Ray Data;
 webdataset with torch's DataLoader in three ways; Ray's `read_webdataset`; and the floor, our decoder and transform in a
-loop over bytes in memory. They take turns; every figure is a median. CPU seconds count all processes of a contender
-and not the S3 server. Ratios are of CPU seconds for an image, which other work on the machine disturbs least: above 1
-ours takes less. `ratio_vs_webdataset` is against whichever of webdataset's own two ways took least; both sides then
-use different decoders. `..._same_decoder` gives webdataset ours.
+loop over bytes in memory, on as many processes (`bare_loop_alone` is one such loop while the other cores idle). They take
+turns; every figure is a median. CPU seconds count all processes of a contender and not the S3 server. Ratios are of CPU
+seconds for an image, which other work on the machine disturbs least: above 1 ours takes less. `ratio_vs_webdataset` is
+against whichever of webdataset's own two ways took least; both sides then use different decoders. `..._same_decoder`
+gives webdataset ours.
 
 `data_wait_share` is from the real training loop: stage 1 with its frozen encoder in the trainer.
 """
@@ -190,7 +191,9 @@ def _rounds(groups: Mapping[str, Sequence[str]], settings: Mapping[str, Setting]
 
 def _takes_part(name: str, place: str) -> bool:
     """Bytes in memory have no place, and webdataset reads S3 through curl."""
-    return place == "local" or not (name == "bare_loop" or (name in GROUPS["webdataset"] and not shutil.which("curl")))
+    return place == "local" or not (
+        name.startswith("bare_loop") or (name in GROUPS["webdataset"] and not shutil.which("curl"))
+    )
 
 
 def _compare(means: Mapping[str, float]) -> None:

@@ -88,6 +88,18 @@ def test_ratios_take_webdatasets_better_way(ingest) -> None:
     assert found == {**expected, **{f"local_{name}": value for name, value in expected.items()}}
 
 
+def test_the_floor_on_several_processes_is_the_same_loop(ingest, tmp_path: Path) -> None:
+    import _contenders
+
+    data = make_dataset(tmp_path / "data", 12, per_shard=4)
+    setting = ingest._setting(tmp_path, argparse.Namespace(data=str(data), images=12, batch=6, size=32, workers=2))
+    alone = [float(pixels[:, :, ::16, ::16].mean()) for pixels in _contenders.bare_alone(setting)()]
+    together = [
+        one for pixels in _contenders.bare(setting)() for one in pixels[:, :, ::16, ::16].mean((1, 2, 3)).tolist()
+    ]
+    assert len(together) == 12 and sorted(together) == pytest.approx(sorted(alone))
+
+
 def test_drawn_photographs_are_the_same_every_time(ingest) -> None:
     from _photos import photo
 
