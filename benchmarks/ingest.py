@@ -4,12 +4,12 @@
     python benchmarks/ingest.py --data photos/ --no-s3        # tars of one's own
 
 Contenders, on the same bytes, with as many workers as there are cores: the training path on threads and on Ray Data;
-webdataset with torch's DataLoader in three ways; Ray's `read_webdataset`; and the floor, our decoder and transform in a
-loop over bytes in memory, on as many processes (`bare_loop_alone` is one such loop while the other cores idle). They take
-turns; every figure is a median. CPU seconds count all processes of a contender and not the S3 server. Ratios are of CPU
-seconds for an image, which other work on the machine disturbs least: above 1 ours takes less. `ratio_vs_webdataset` is
-against whichever of webdataset's own two ways took least; both sides then use different decoders. `..._same_decoder`
-gives webdataset ours.
+webdataset with torch's DataLoader in three ways; Ray's `read_webdataset`; and the floor, our decoder and transform in
+a loop over bytes in memory, on as many processes (`bare_loop_alone` is one such loop while the other cores idle).
+They take turns; every figure is a median. CPU seconds count all processes of a contender and not the S3 server.
+Ratios are of CPU seconds for an image, which other work on the machine disturbs least: above 1 ours takes less.
+`ratio_vs_webdataset` is against whichever of webdataset's own two ways took least; both sides then use different
+decoders. `..._same_decoder` gives webdataset ours.
 
 `data_wait_share` is from the real training loop: stage 1 with its frozen encoder in the trainer.
 """
