@@ -137,7 +137,7 @@ def _guided(rate: float, steps: int, tokenizer: Any, seed: int) -> Guided:
     fusion = FusionConfig(
         text_layers=2, fusion_layers=2, width=128, heads=4, feed_forward=512, dropout=0.0, embed=64, init=None
     )
-    config = GuidedConfig(compression=compression, fusion=fusion, pairs_every=2, mlm_every=4)
+    config = GuidedConfig(compression=compression, fusion=fusion, pairs_every=1, mlm_every=4)
     with seeded(seed):
         image = new_transformer(
             compression, WIDTH + 2 * GRID, GRID * GRID, layers=2, width=128, heads=4, feed_forward=512,
@@ -190,7 +190,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=4, help="images of a timed pass")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=160, help="of each training of the second table; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=400, help="of each training of the second table; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args(sys.argv[1:])
