@@ -90,7 +90,7 @@ def main() -> None:
             cells += [f"{a:.4g} {unit}", f"{b:.4g}", f"{a / b - 1:+.1%}"]
             key = name.replace(",", "").replace(" ", "_")
             figures |= {f"{key}_{what}_planned": said[what], f"{key}_{what}_measured": found[what]}
-        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth", "elementwise", "timed")}
+        figures |= {f"{key}_{what}": found[what] for what in ("rate", "bandwidth", "elementwise", "timed", "start")}
         figures |= {f"{key}_{what}": said[what] for what in ("kept", "trained")}
         rows.append([name, *cells])
     columns = ["", *(f"{head}" for what in ("memory", "step", "products") for head in (what, "measured", "off by"))]
@@ -114,7 +114,7 @@ def planned(name: str, found: dict[str, float]) -> dict[str, float]:
     timed = {NAME: found["timed"]} if subject.language is not None else {}
     cpu = Gpu(
         "cpu", found["rate"], found["rate"], 1e12, found["bandwidth"], 1e10, 1e10, "measured", found["elementwise"],
-        timed,
+        timed, found["start"],
     )  # fmt: skip
     plan = reckon(subject, Wishes(cpu, 1, 1, CPU_UTILISATION))
     parts = plan.chosen.memory
@@ -164,7 +164,7 @@ def measured(name: str, repeats: int) -> dict[str, float]:
         "memory": memory.peak - before, "seconds": statistics.median(seconds), "flops": flops(step),
         "rate": statistics.median(p.fp32 for p in probes), "bandwidth": statistics.median(p.bandwidth for p in probes),
         "elementwise": statistics.median(p.elementwise for p in probes),
-        "timed": statistics.median(trials or [0.0]),
+        "timed": statistics.median(trials or [0.0]), "start": statistics.median(p.start for p in probes),
     }  # fmt: skip
 
 

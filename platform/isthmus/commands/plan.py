@@ -86,7 +86,7 @@ def plan(
     )  # fmt: skip
     device = found or _probed(subject, images, nodes * gpus_per_node)
     if mfu is not None:
-        device = replace(device, elementwise=0.0, timed={})  # the share that is given covers it
+        device = replace(device, elementwise=0.0, timed={}, start=0.0)  # the share that is given covers it
     if network_gbps is not None:
         device = replace(device, network=network_gbps / 8 * 1e9)
     wishes = Wishes(

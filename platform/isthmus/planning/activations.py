@@ -183,10 +183,21 @@ def stage1_in_parts(
 ) -> dict[str, float]:
     """The same with the activations of ``rows`` images at a time: those of the larger of the two kinds of parts, and
     what all images leave behind."""
-    c, B, G, part = config.qformer, local.images, local.everywhere, local.part(rows)
-    M, Q, E, e = c.width, c.queries, c.embed, keeping.product
+    B, G, Q, E, e = local.images, local.everywhere, config.qformer.queries, config.qformer.embed, keeping.product
+    held: float = FP32 * E * (B * Q + B + G * Q + G) + e * 2 * B * Q * G + FP32 * 10 * B * G
+    held += FP32 * B * local.tokens * local.width if config.weights.itm > 0 else 0.0  # tokens of the negatives' images
+    kinds = stage1_kinds(keeping, config, local.part(rows), vocab, recompute=recompute)
+    return {"a part of the images": max(kinds), "heads": held}
+
+
+def stage1_kinds(
+    keeping: Keeping, config: Blip2Stage1Config, part: Local, vocab: int, *, recompute: bool = False
+) -> tuple[float, float]:
+    """Bytes of a part's two kinds: images, texts and captions alone; and the matching's pairs, 0 without ITM."""
+    c, rows = config.qformer, part.images
+    M, Q, E = c.width, c.queries, c.embed
     itm, itg = config.weights.itm > 0, config.weights.itg > 0
-    how = reading(c, local.tokens, 1.0)
+    how = reading(c, part.tokens, 1.0)
     kept = {
         name: qformer_pass(keeping, c, part, one, recompute=recompute)
         for name, one in stage1_passes(config, part, how, itm=itm, itg=itg).items()
@@ -199,11 +210,9 @@ def stage1_in_parts(
         pairs += image_memory(keeping, c, part, projections=2 * (how == "projected"), matched=True)
         pairs += keeping.inputs(3 * rows * Q, 1) * M
         # The negatives' own keys and values, and tokens of own and negatives' images, repeated where they are read.
-        pairs += keeping.product * 2 * crossing_layers(c) * rows * local.tokens * M if how == "projected" else 0.0
-        pairs += FP32 * 3 * rows * local.tokens * local.width * (how == "direct" and not keeping.bf16)
-    held: float = FP32 * E * (B * Q + B + G * Q + G) + e * 2 * B * Q * G + FP32 * 10 * B * G
-    held += FP32 * B * local.tokens * local.width if itm else 0.0  # tokens of the negatives' images
-    return {"a part of the images": max(alone, pairs), "heads": held}
+        pairs += keeping.product * 2 * crossing_layers(c) * rows * part.tokens * M if how == "projected" else 0.0
+        pairs += FP32 * 3 * rows * part.tokens * part.width * (how == "direct" and not keeping.bf16)
+    return alone, pairs
 
 
 def caption_head(keeping: Keeping, labels: float, width: int, vocab: int) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 UTILISATION = 0.3
 CPU_UTILISATION = 1.0
 """Of the rate that is measured on a plan's own products."""
-KEPT_PASSES, GRADIENT_PASSES = 4.0, 7.0
+KEPT_PASSES, GRADIENT_PASSES = 5.0, 8.0
 """How often a processor's work on elements reads or writes the bytes that are kept for the backward pass, and those of
 the gradients: fitted to the steps of benchmarks/plan_check.py."""
 IMAGE_BYTES = 50_000

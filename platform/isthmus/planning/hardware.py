@@ -35,6 +35,7 @@ class Gpu:
             a step reaches is to cover it.
         timed: seconds of the parts of a step that were timed whole, forward and backward; the others' products run at
             the rate.
+        start: seconds that it takes to start a product and the operations about it; counted where products are small.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Gpu:
     source: str
     elementwise: float = 0.0
     timed: Mapping[str, float] = field(default_factory=dict)
+    start: float = 0.0
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in ``bf16`` or ``fp32``."""
@@ -132,6 +134,7 @@ def probe_cpu(products: Mapping[Product, float], precision: str = "fp32", *, rou
         copied / 2,
         "measured here: the plan's own products, a copy, and a sum into new memory",
         _elementwise_rate(),
+        start=_start_seconds(),
     )
 
 
@@ -183,6 +186,25 @@ def _elementwise_rate() -> float:
             a + b
         seconds.append((time.perf_counter() - started) / 4)
     return 3 * a.numel() * a.element_size() / statistics.median(seconds)
+
+
+def _start_seconds() -> float:
+    """Seconds for a product of a network so small that nothing but starting its operations takes time: products,
+    norms, activations and sums, forward and backward."""
+    import torch
+    from torch import nn
+
+    depth, width = 12, 8
+    layers = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(depth)]
+    found = []
+    for _ in range(9):
+        started = time.perf_counter()
+        hidden = torch.zeros(4, width, requires_grad=True)
+        for layer in layers:
+            hidden = hidden + layer(hidden)
+        hidden.sum().backward()
+        found.append((time.perf_counter() - started) / (3 * depth))
+    return statistics.median(found)
 
 
 def _copy_rate() -> float:

@@ -130,6 +130,7 @@ def reckon(subject: Subject, wishes: Wishes) -> Plan:
     backward += sum(seconds * flops[name].backward / flops[name].total for name, seconds in timed.items())
     compute = sum(part.total for part in products) / rate
     elements = _elementwise_seconds(subject, wishes, keeping, images)
+    elements += gpu.start * sum(sum(part.products.values()) for part in products)
     busy = compute + elements + sum(timed.values())
     stages = {stage: _stage(subject, wishes, keeping, stage, images, busy, backward) for stage in sizes.STAGES}
     step_seconds = stages[run.zero.stage].step_seconds
@@ -167,7 +168,7 @@ def _elementwise_seconds(subject: Subject, wishes: Wishes, keeping: Keeping, ima
     """Norms, activations, sums, and gradients of the parameters, on a processor; all of them move bytes."""
     if not wishes.gpu.elementwise:
         return 0.0
-    parts = subject.plain.kept(images, wishes.workers, keeping)
+    parts = subject.ever_kept(images, wishes.workers, keeping)
     kept = sum(size for name, size in parts.items() if name not in wishes.gpu.timed)
     again = 1.5 if subject.plain is not subject else 1.0  # half of the passes are the forward pass's
     # Each part of a batch makes gradients of all weights, which are added up.

@@ -147,6 +147,15 @@ class Subject:
             **copies,
         }
 
+    def ever_kept(self, images: int, workers: int, keeping: Keeping) -> dict[str, float]:
+        """Bytes that all forward passes of a step keep, one part of the batch after the other, by part of the model."""
+        method, rows = self.run.method, self.rows(images)
+        if self.run.train.micro_batch is None or not isinstance(method, Blip2Stage1Config):
+            return self.plain.kept(images, workers, keeping)
+        part = self.local(images, workers).part(rows)
+        kinds = activations.stage1_kinds(keeping, method, part, self.vocab)
+        return {"images, texts and pairs": self.parts(images) * sum(kinds)}
+
     def working(self, images: int, keeping: Keeping) -> float:
         """Bytes that come and go beside what is kept: gradients of logits, of shared weights, of the widest layer."""
         # Autograd adds up what a batch's parts give a weight before it hands the sum over: a second gradient of all.
