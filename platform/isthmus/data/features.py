@@ -238,7 +238,7 @@ class FeatureCache:
             expect["encoder_digest"] = encoder.digest
         cache = cls.open(url, expect=expect)
         _check_vision(cache, encoder.vision)
-        check_sounds(cache, encoder.clips)
+        _check_sounds(cache, encoder.clips)
         return cache
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -304,28 +304,30 @@ def read_meta(url: str) -> CacheMeta:
     return meta
 
 
-def _check_vision(cache: FeatureCache, vision: VisionConfig | None) -> None:
-    made = VisionConfig(**cache.meta.vision)
-    fields = [name for name in VisionConfig.model_fields if name != "weights"]
-    if vision is None or all(getattr(vision, name) == getattr(made, name) for name in fields):
-        return
-    shown = ", ".join(
-        f"{name}: cache {getattr(made, name)!r}, model {getattr(vision, name)!r}"
-        for name in fields
-        if getattr(vision, name) != getattr(made, name)
-    )
-    raise DataError(
-        f"The feature cache {cache.url} is not of the encoder that the model was trained on ({shown}).",
-        "Build one for this model in another folder with `isthmus data cache`.",
-    )
+def vision_differences(meta: CacheMeta, vision: VisionConfig, whose: str, *, but: Sequence[str] = ()) -> str:
+    """In which settings the encoder of a cache is another than ``vision``, which is ``whose``; "" when in none.
 
-
-def check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
-    """Whether a cache holds the frames and sounds that a recipe reads, and none where it reads none.
-
-    Raises:
-        DataError: it does not.
+    Args:
+        but: names of settings that are left out.
     """
+    made = VisionConfig(**meta.vision)
+    pairs = {
+        name: (getattr(made, name), getattr(vision, name)) for name in VisionConfig.model_fields if name not in but
+    }
+    return ", ".join(
+        f"{name}: cache {own!r}, {whose} {other!r}" for name, (own, other) in pairs.items() if own != other
+    )
+
+
+def _check_vision(cache: FeatureCache, vision: VisionConfig | None) -> None:
+    if vision and (shown := vision_differences(cache.meta, vision, "model", but=("weights",))):
+        raise DataError(
+            f"The feature cache {cache.url} is not of the encoder that the model was trained on ({shown}).",
+            "Build one for this model in another folder with `isthmus data cache`.",
+        )
+
+
+def _check_sounds(cache: FeatureCache, clips: ClipTransform | None) -> None:
     if clips is None and cache.meta.sound is None:
         return
     if clips is None or cache.meta.transform_digest != clips.digest:

@@ -281,16 +281,15 @@ def _cached_captions(caches: Sequence[FeatureCache], sets: Sets) -> CaptionsOf:
 
 def _open_caches(data: DataConfig, stage: Stage, sets: Sets) -> list[FeatureCache]:
     """The feature cache of each set. Their features go into one batch, so they must be of one encoder and kind."""
-    from isthmus.data.features import FeatureCache, check_alike, check_sounds
+    from isthmus.data.features import EncodedBy, FeatureCache, check_alike
 
-    known = [("encoder_digest", base.digest) for base in stage.bases if base.role == "vision"][:1]
+    digest = next((base.digest for base in stage.bases if base.role == "vision"), "")
+    encoder = EncodedBy(digest, clips=clip_transform(stage.transform))  # its configuration is compared before the start
     caches: list[FeatureCache] = []
     for one, manifest in zip(data.sets, sets.manifests, strict=True):
         assert one.cache is not None  # the configuration's own rule
-        caches.append(FeatureCache.open(one.cache, expect={"manifest_digest": manifest.digests, **dict(known)}))
+        caches.append(FeatureCache.of_model(one.cache, manifest, encoder))
     check_alike({cache.url: cache.meta for cache in caches})
-    for cache in caches:
-        check_sounds(cache, clip_transform(stage.transform))
     return caches
 
 

@@ -35,7 +35,7 @@ class Gpu:
             a step reaches is to cover it.
         timed: seconds of the parts of a step that were timed whole, forward and backward; the others' products run at
             the rate.
-        start: seconds that it takes to start a product and the operations about it; counted where products are small.
+        start: seconds that it takes to start a product and the operations about it; 0 as with ``elementwise``.
     """
 
     name: str
@@ -132,7 +132,7 @@ def probe_cpu(products: Mapping[Product, float], precision: str = "fp32", *, rou
         copied,
         copied / 2,  # processes on one machine meet in its memory: both ways through it, and back
         copied / 2,
-        "measured here: the plan's own products, a copy, and a sum into new memory",
+        "measured here: the plan's own products, a copy, a sum into new memory, the start of operations",
         _elementwise_rate(),
         start=_start_seconds(),
     )

@@ -179,6 +179,7 @@ def _cached_encoder(run: RunConfig, digests: Sequence[str], parent: ModelVersion
 
 
 def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, parent: ModelVersion | None) -> None:
+    from isthmus.data.features import vision_differences
     from isthmus.data.manifest import Manifest
 
     field = "data.mixture" if run.data.mixture else "data.cache"
@@ -186,10 +187,7 @@ def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, 
     if meta.manifest_digest != digest and meta.manifest_digest not in Manifest.load(data.url, verify=False).digests:
         raise DataError(f"The feature cache {data.cache} was made of other data than {data.url}.", mend)
     wanted = getattr(run.method, "vision", None)
-    made = VisionConfig(**meta.vision)
-    if wanted is not None and wanted != made:
-        names = [n for n in VisionConfig.model_fields if getattr(wanted, n) != getattr(made, n)]
-        shown = ", ".join(f"{n}: cache {getattr(made, n)!r}, recipe {getattr(wanted, n)!r}" for n in names)
+    if wanted is not None and (shown := vision_differences(meta, wanted, "recipe")):
         raise DataError(
             f"The feature cache {data.cache} was made with another encoder than method.vision ({shown}).", mend
         )
