@@ -20,8 +20,10 @@ def fetch(
     name: Annotated[str, typer.Argument(help="emoji, stamps, clipart, or all; sounds; clips; easy-vqa")] = "all",
     out: Annotated[str, typer.Option(help="Folder or URL; gets train/ and heldout/.")] = "data/demo",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
-    heldout: Annotated[int, typer.Option(min=0, help="Pairs kept apart for evaluation.")] = 600,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    heldout: Annotated[
+        int | None, typer.Option(min=0, help="Pairs kept apart for evaluation; 600 by default.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split; 0 by default.", show_default=False)] = None,
     parquet: Annotated[bool, typer.Option("--parquet", help="Parquet files instead of tars.")] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Drawn shapes; needs no network.")] = False,
 ) -> None:
@@ -36,11 +38,6 @@ def fetch(
       $ isthmus data fetch easy-vqa --out data/easy-vqa
     """
     from isthmus.data.sources import fetch as work
-    from isthmus.data.sources import fetch_questions
-
-    if name == "easy-vqa":  # has its own split, and questions instead of captions
-        show(fetch_questions(out, limit=limit))
-        return
 
     show(work(name, out, parquet=parquet, synthetic=synthetic, limit=limit, seed=seed, heldout=heldout))
 

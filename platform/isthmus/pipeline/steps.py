@@ -50,8 +50,8 @@ class FetchOptions(Config):
 
     name: str
     out: str
-    seed: int = 0
-    heldout: int = 600
+    seed: int | None = None
+    heldout: int | None = None
     synthetic: bool = False
     limit: int | None = None
 
@@ -96,11 +96,9 @@ class ReportOptions(Config):
 
 
 def _fetch(_: StepContext, options: Mapping[str, Any]) -> Result:
-    from isthmus.data.sources import fetch, fetch_questions
+    from isthmus.data.sources import fetch
 
     asked = _options(FetchOptions, options)
-    if asked.name == "easy-vqa":
-        return _flat(fetch_questions(asked.out, limit=asked.limit))
     return _flat(
         fetch(
             asked.name, asked.out, seed=asked.seed, heldout=asked.heldout, synthetic=asked.synthetic, limit=asked.limit

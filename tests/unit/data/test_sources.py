@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -335,6 +336,24 @@ def test_out_of_reach_offers_drawn_scenes_and_leaves_old_data(
 def test_wrong_names_get_the_nearest(name: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"Did you mean '{hint}'"):
         fetch(name, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("easy-vqa", {"heldout": 600}, "split of its own"),
+        ("easy-vqa", {"seed": 0}, "split of its own"),
+        ("easy-vqa", {"parquet": True}, "written as tars"),
+        ("clips", {"synthetic": True}, "written as tars"),
+        ("sounds", {"parquet": True}, "written as tars"),
+    ],
+)
+def test_options_that_a_set_does_not_know_are_refused(
+    name: str, options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=said):
+        fetch(name, str(tmp_path), **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_source_is_pinned() -> None:

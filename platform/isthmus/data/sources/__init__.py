@@ -1,7 +1,6 @@
 """Real image-text sets that package registries carry, and drawn scenes where none can be reached."""
 
 from isthmus.data.sources.driver import SCENES, SOURCES, fetch
-from isthmus.data.sources.easy_vqa import fetch_questions
 from isthmus.data.sources.report import FetchReport, SourceReport
 
-__all__ = ["SCENES", "SOURCES", "FetchReport", "SourceReport", "fetch", "fetch_questions"]
+__all__ = ["SCENES", "SOURCES", "FetchReport", "SourceReport", "fetch"]

