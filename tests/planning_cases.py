@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.config import LanguageConfig, QFormerConfig, VisionConfig
+from isthmus.config import LanguageConfig, QFormerConfig, TokenDropConfig, VisionConfig
 from isthmus.contracts import Batch, Comm, LocalComm
 from isthmus.losses.matching import Negatives
 from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
+from isthmus.models.compression import tokens_left
 from isthmus.models.language import build_language
 from isthmus.planning.shapes import Local
 from isthmus.testing.backbones import tiny_lm, tiny_t5
@@ -40,11 +41,14 @@ class TwoAlike(LocalComm):
         return x_B[index % len(x_B)]
 
 
-def qformer(queries: int, layers: int = 3, cross_every: int = 2, dropout: float = 0.0) -> QFormerConfig:
+def qformer(
+    queries: int, layers: int = 3, cross_every: int = 2, dropout: float = 0.0,
+    compression: TokenDropConfig | None = None,
+) -> QFormerConfig:  # fmt: skip
     """A Q-Former in BERT's proportions."""
     return QFormerConfig(
         layers=layers, width=64, heads=4, feed_forward=256, queries=queries, cross_every=cross_every, dropout=dropout,
-        embed=16, init=None,
+        embed=16, init=None, compression=compression,
     )  # fmt: skip
 
 
@@ -84,7 +88,8 @@ def stage1(
         ids_BT=torch.randint(1, VOCAB, (images, longest)) * mask, mask_BT=mask,
     )  # fmt: skip
     rows = float(lengths.sum())
-    return Case(module, method, batch, Local(images, comm.world_size, tokens, width, rows, longest, rows - images))
+    read = tokens_left(tokens, config.compression)
+    return Case(module, method, batch, Local(images, comm.world_size, read, width, rows, longest, rows - images))
 
 
 def language_config(family: str, folder: Path) -> LanguageConfig:

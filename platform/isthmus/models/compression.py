@@ -135,9 +135,21 @@ def drop_frozen(tokens_BND: Tensor, config: TokenDropConfig) -> Tensor:
     patches_BND, unit_BND = tokens_BND[:, prefix:], F.normalize(tokens_BND.float(), dim=-1)
     asking_BD = unit_BND[:, 0] if prefix else F.normalize(tokens_BND.float().mean(1), dim=-1)
     scores_BN = (config.sharpness * (unit_BND[:, prefix:] * asking_BD.unsqueeze(1)).sum(2)).softmax(1)
-    [step] = schedule(CompressionConfig(layers=(0,), keep=(config.keep,), fuse=config.fuse), patches_BND.shape[1])
-    left_BKD, _ = compress(patches_BND, scores_BN, step.kept, fuse=config.fuse)
+    left_BKD, _ = compress(patches_BND, scores_BN, _dropping(config, patches_BND.shape[1]).kept, fuse=config.fuse)
     return torch.cat([tokens_BND[:, :prefix], left_BKD], 1)
+
+
+def tokens_left(tokens: int, config: TokenDropConfig | None) -> int:
+    """How many of an image's tokens :func:`drop_frozen` leaves."""
+    if config is None:
+        return tokens
+    prefix = int(config.class_token)
+    return prefix + _dropping(config, tokens - prefix).left
+
+
+def _dropping(config: TokenDropConfig, tokens: int) -> Step:
+    [step] = schedule(CompressionConfig(layers=(0,), keep=(config.keep,), fuse=config.fuse), tokens)
+    return step
 
 
 def renumber(known_BN: Tensor, chosen_BK: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _losses(subject: Subject, images: int, workers: int) -> float:
     if not method.weights.itm:
         return vectors
     ids = 2 * 8 * images * subject.texts.longest * others
-    tokens = FP32 * images * subject.vision.tokens * subject.vision.width * others / workers
+    tokens = FP32 * images * subject.read_tokens * subject.vision.width * others / workers
     return vectors + (ids + tokens) / method.itm_every
 
 

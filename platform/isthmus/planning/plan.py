@@ -218,6 +218,8 @@ def _tokens(subject: Subject, global_batch: int) -> dict[str, float]:
         "query tokens": float(global_batch * subject.qformer.queries),
         "caption tokens": global_batch * subject.texts.mean,
     }
+    if subject.read_tokens != subject.vision.tokens:
+        found["image tokens that the Q-Former reads"] = float(global_batch * subject.read_tokens)
     if subject.language is not None:
         rows = subject.language_rows()
         found["places of the language model"] = float(global_batch * (rows.read + rows.predicted))

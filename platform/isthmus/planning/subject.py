@@ -16,6 +16,7 @@ from isthmus.losses.language import CHUNK_ELEMENTS
 from isthmus.methods import blip2_stage2
 from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
+from isthmus.models.compression import tokens_left
 from isthmus.models.freezing import freeze
 from isthmus.models.language_base import FrozenLanguage
 from isthmus.models.qformer import POSITIONS
@@ -64,6 +65,11 @@ class Subject:
         return method.qformer
 
     @property
+    def read_tokens(self) -> int:
+        """Tokens of an image that the Q-Former reads: the encoder's, or what ``qformer.compression`` leaves of them."""
+        return tokens_left(self.vision.tokens, self.qformer.compression)
+
+    @property
     def inline(self) -> bool:
         """Whether the trainer runs the image encoder."""
         return self.run.data.placement == "inline"
@@ -72,7 +78,7 @@ class Subject:
         """One worker's part of a batch."""
         rows = images * self.texts.mean
         labels = rows - images  # [DEC] is no target
-        return Local(images, workers, self.vision.tokens, self.vision.width, rows, self.texts.longest, labels)
+        return Local(images, workers, self.read_tokens, self.vision.width, rows, self.texts.longest, labels)
 
     @property
     def plain(self) -> Subject:

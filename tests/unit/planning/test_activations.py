@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.config import TokenDropConfig
 from isthmus.contracts import LocalComm
 from isthmus.planning import activations, compute, language
 from isthmus.planning.activations import Keeping
@@ -38,6 +39,18 @@ def test_stage1(
     found = sum(activations.stage1_parts(keeping, case.config, case.local, VOCAB + 1).values())
     found += activations.weight_copies(keeping, matrices(case.module))
     assert found == pytest.approx(kept_of(case, bf16=bf16), rel=CLOSE)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("queries", [1, 8])
+def test_of_dropped_image_tokens_nothing_is_kept(queries: int, bf16: bool) -> None:
+    keeping, found = Keeping(bf16=bf16, cuda=False), []
+    for compression in (None, TokenDropConfig(keep=0.5)):
+        case = stage1(qformer(queries, compression=compression), tokens=60)
+        kept = sum(activations.stage1_parts(keeping, case.config, case.local, VOCAB + 1).values())
+        found.append(kept + activations.weight_copies(keeping, matrices(case.module)))
+        assert found[-1] == pytest.approx(kept_of(case, bf16=bf16), rel=CLOSE)
+    assert found[1] < 0.96 * found[0]
 
 
 def test_gradient_checkpointing_keeps_the_layers_inputs() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from isthmus.config import TokenDropConfig
 from isthmus.contracts import LocalComm
 from isthmus.planning import compute
 from isthmus.planning.compute import Flops
@@ -32,6 +33,17 @@ def test_stage1(
 ) -> None:
     config = qformer(queries, layers, cross_every)
     case = stage1(config, tokens=tokens, comm=LocalComm() if workers == 1 else TwoAlike(), **options)
+    found = compute.stage1_step(case.config, case.local, VOCAB + 1)
+    assert (found.forward, found.backward) == pytest.approx(counted_flops(case), rel=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("compression", "read"),
+    [(TokenDropConfig(keep=0.5), 21), (TokenDropConfig(keep=0.3, class_token=True, fuse=False), 13)],
+)
+def test_of_dropped_image_tokens_nothing_is_computed(compression: TokenDropConfig, read: int) -> None:
+    case = stage1(qformer(4, compression=compression), tokens=40)
+    assert case.local.tokens == read
     found = compute.stage1_step(case.config, case.local, VOCAB + 1)
     assert (found.forward, found.backward) == pytest.approx(counted_flops(case), rel=SMALL)
 
