@@ -12,7 +12,7 @@ from _contenders import Setting
 from isthmus.config import QFormerConfig, RunConfig, VisionConfig
 from isthmus.data.manifest import Manifest
 from isthmus.methods import METHODS
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.testing.backbones import tiny_bert
 from isthmus.testing.gloo import run_ranks
 

@@ -46,7 +46,9 @@ from isthmus.data.sources.compositions import (
 from isthmus.data.sources.scenes import Scene, render
 from isthmus.evaluation.captioning import derangement, score_captions
 from isthmus.evaluation.retrieval import retrieve
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config, tokenise
+from isthmus.methods.batching import tokenise
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.methods.parts import seeded
 from isthmus.models.language import build_language

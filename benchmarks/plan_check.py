@@ -24,7 +24,8 @@ from _steps import PeakMemory, _status, flops, in_own_process, report, table, ti
 from isthmus.config import RunConfig, load_run
 from isthmus.contracts import Batch, LocalComm
 from isthmus.methods import method_configs
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.methods.parts import SeeingModule
 from isthmus.models.language import build_language

@@ -41,7 +41,8 @@ from isthmus.config import QFormerConfig
 from isthmus.contracts import Batch, LocalComm
 from isthmus.losses.matching import Negatives
 from isthmus.methods import blip2_stage1
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.parts import VisionNorm
 from isthmus.models import attention
 from isthmus.models.attention import CrossAttention, ImageMemory, ImageTokens

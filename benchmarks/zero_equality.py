@@ -26,7 +26,7 @@ from torch import Tensor
 from isthmus.config import CompressionConfig, FusionConfig, MethodConfig, QFormerConfig, RunConfig, TowerConfig
 from isthmus.data.manifest import Manifest, index
 from isthmus.methods import METHODS
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.co_optimise_config import AttentionConfig, CoOptimiseConfig, MatchConfig
 from isthmus.methods.guided_config import GuidedConfig, RelationConfig

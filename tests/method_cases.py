@@ -12,7 +12,7 @@ import torch
 from isthmus.config import CompressionConfig, FusionConfig, MethodConfig, QFormerConfig, RunConfig, TowerConfig
 from isthmus.contracts import Batch, BuildContext, Comm, LocalComm, Question, Sample, Stage
 from isthmus.methods import METHODS
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.co_optimise_config import AttentionConfig, CoOptimiseConfig, MatchConfig
 from isthmus.methods.guided_config import GuidedConfig, RelationConfig

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.config import LanguageConfig, QFormerConfig, TokenDropConfig, VisionConfig
 from isthmus.contracts import Batch, Comm, LocalComm
 from isthmus.losses.matching import Negatives
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.models.compression import tokens_left
 from isthmus.models.language import build_language

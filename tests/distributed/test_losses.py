@@ -13,7 +13,7 @@ from isthmus.config import CompressionConfig
 from isthmus.contracts import Comm, LocalComm
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS
-from isthmus.methods.blip2_stage1 import LossWeights
+from isthmus.methods.blip2_stage1_config import LossWeights
 from isthmus.methods.co_optimise_config import AttentionConfig, CrossConfig, MatchConfig, WeightingConfig
 from isthmus.testing.gloo import run_ranks
 from method_cases import QFORMER, batch, build, dropped, recipe, samples

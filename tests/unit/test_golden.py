@@ -18,7 +18,8 @@ from isthmus.compat import ensure_torchvision
 from isthmus.config import LanguageConfig, QFormerConfig
 from isthmus.contracts import Batch, Comm, LocalComm
 from isthmus.losses.matching import Negatives, negative_weights
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.models.language import LanguageModel
 from isthmus.models.language_base import FrozenLanguage

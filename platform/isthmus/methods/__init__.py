@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from isthmus.config import MethodConfig
-from isthmus.methods import blip2_stage1, blip2_stage2, co_optimise, guided, guided_config, guided_vqa, projector
+from isthmus.methods import (
+    blip2_stage1,
+    blip2_stage1_config,
+    blip2_stage2,
+    co_optimise,
+    guided,
+    guided_config,
+    guided_vqa,
+    projector,
+)
 from isthmus.methods.table import MethodSpec
 
 METHODS: dict[str, MethodSpec] = {
-    "blip2_stage1": MethodSpec(blip2_stage1.Blip2Stage1Config, blip2_stage1.build),
+    "blip2_stage1": MethodSpec(blip2_stage1_config.Blip2Stage1Config, blip2_stage1.build),
     "blip2_stage2": MethodSpec(blip2_stage2.Blip2Stage2Config, blip2_stage2.build, blip2_stage2.resolve),
     "co_optimise": MethodSpec(co_optimise.CoOptimiseConfig, co_optimise.build),
     "guided": MethodSpec(guided_config.GuidedConfig, guided.build),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.contracts import Sample
+from isthmus.contracts import Batch, Sample
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.counting import uniform
 
@@ -51,6 +51,12 @@ def cut_captions(texts: Sequence[str], limit: int, tokens: Callable[[str], Seque
     most captions need not be counted."""
     special = len(tokens(""))
     return torch.tensor([len(text) > limit - special and len(tokens(text)) > limit for text in texts])
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """int64 ids and mask [B, T], padded on the right to the longest text."""
+    tokens = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    return tokens["input_ids"], tokens["attention_mask"]
 
 
 def stack(samples: Sequence[Sample], step: int, epoch: int) -> dict[str, Any]:
@@ -114,3 +120,17 @@ def _whole(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
             return None
         expected += array.nbytes
     return base
+
+
+class CollateCaptions:
+    """Samples -> Batch with BERT tokens. Picklable."""
+
+    def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
+        tokenizer = own_tokenizer(tokenizer)
+        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
+
+    def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
+        texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
+        ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.max_length)
+        cut_B = cut_captions(texts, self.max_length, lambda text: self.tokenizer(text, verbose=False)["input_ids"])
+        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, texts=texts, cut_B=cut_B)

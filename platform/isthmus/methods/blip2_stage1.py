@@ -11,21 +11,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isthmus.config import Config, MethodConfig, QFormerConfig, TextConfig, VisionConfig
-from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
+from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.language import IGNORED, language_reference, next_token_count, next_token_sum
 from isthmus.losses.matching import Match, Negatives, matching, matching_reference, mine_negatives
-from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
+from isthmus.methods.batching import CollateCaptions, tokenise
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.parts import (
     PAIRS,
     SeeingModule,
@@ -44,57 +43,6 @@ from isthmus.models.text import load_bert, load_tokenizer
 from isthmus.models.vision import build_vision, describe_vision
 
 log = logging.getLogger(__name__)
-
-Smoothing = Annotated[float, Field(ge=0.0, lt=1.0)]
-Every = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0.0)]
-
-
-class LossWeights(Config):
-    """What each loss counts in the total. A weight of 0 leaves the loss and the parameters that only it trains out."""
-
-    itc: Annotated[float, Field(gt=0.0)] = 1.0
-    itm: Weight = 1.0
-    itg: Weight = 1.0
-
-
-class Blip2Stage1Config(MethodConfig):
-    """Options of BLIP-2's first stage."""
-
-    least_batch: ClassVar[int] = 2
-
-    name: Literal["blip2_stage1"] = "blip2_stage1"
-    vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
-    qformer: QFormerConfig = QFormerConfig()
-    weights: LossWeights = LossWeights()
-    itc_gather: Literal["detached", "full"] = Field(
-        "detached",
-        description="detached: other ranks' and own columns are constants, as in LAVIS; full: exact gradient",
-    )
-    itc_same_image: bool = Field(
-        False,
-        description="rows of one image ('image_id' in the data) are positives of one another (retrieval fine-tuning)",
-    )
-    label_smoothing: Smoothing = Field(0.1, description="of ITC and ITG")
-    itm_every: Every = Field(1, description="ITM is computed at every k-th step only, at its full weight")
-    itg_every: Every = Field(1, description="ITG likewise")
-    itg_mean: Literal["global", "rank"] = Field(
-        "global", description="tokens that ITG averages over; 'rank' is LAVIS's, and depends on the number of ranks"
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Blip2Stage1Config:
-        check_heads(self.qformer)
-        return self
-
-
-def check_heads(qformer: QFormerConfig) -> None:
-    """Raises ValueError where the width does not divide among the heads."""
-    if qformer.width % qformer.heads:
-        raise ValueError(f"qformer.width {qformer.width} does not divide among qformer.heads {qformer.heads}")
-
 
 Losses = tuple[Contrast, Match | None, Tensor | None]
 """ITC, ITM and ITG of a batch; the latter two where this step has them."""
@@ -404,26 +352,6 @@ PASSES = ("image", "text", *PAIRS, "generation")
 """Passes of the Q-Former in a step; dropout draws differ between them."""
 
 
-def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-    """int64 ids and mask [B, T], padded on the right to the longest text."""
-    tokens = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
-    return tokens["input_ids"], tokens["attention_mask"]
-
-
-class CollateStage1:
-    """Samples -> Batch with BERT tokens. Picklable."""
-
-    def __init__(self, tokenizer: Any, max_length: int, seed: int) -> None:
-        tokenizer = own_tokenizer(tokenizer)
-        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
-
-    def __call__(self, samples: Sequence[Sample], epoch: int, step: int) -> Batch:
-        texts = tuple(choose_caption(sample, self.seed, epoch) for sample in samples)
-        ids_BT, mask_BT = tokenise(self.tokenizer, texts, self.max_length)
-        cut_B = cut_captions(texts, self.max_length, lambda text: self.tokenizer(text, verbose=False)["input_ids"])
-        return Batch(**stack(samples, step, epoch), ids_BT=ids_BT, mask_BT=mask_BT, texts=texts, cut_B=cut_B)
-
-
 def references(config: Blip2Stage1Config, vocab: int, global_batch: int) -> Mapping[str, Reference]:
     """Chance and floor of each loss that this configuration computes."""
     out = {"itc": contrast_reference(global_batch, config.label_smoothing)}
@@ -465,7 +393,7 @@ def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
     module.micro_batch = context.micro_batch
     return Stage(
         module=module,
-        collate=CollateStage1(tokenizer, config.text.max_length, context.seed),
+        collate=CollateCaptions(tokenizer, config.text.max_length, context.seed),
         transform=spec.transform,
         augment=spec.transform.augment,
         references=partial(references, config, len(tokenizer) + 1),

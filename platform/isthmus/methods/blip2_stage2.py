@@ -21,7 +21,7 @@ from isthmus.errors import ConfigError, WeightsError
 from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
 from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
-from isthmus.methods.blip2_stage1 import check_heads
+from isthmus.methods.blip2_stage1_config import check_heads
 from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded, thinned
 from isthmus.models.language import build_language
 from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum

@@ -31,7 +31,7 @@ from isthmus.losses.language import language_reference
 from isthmus.losses.local import local_contrast, pair_similarity, relation, relation_reference
 from isthmus.losses.masked import mask_tokens, masked_count, masked_sum
 from isthmus.losses.matching import Negatives, matching, matching_reference, mine_negatives
-from isthmus.methods.blip2_stage1 import CollateStage1, tokenise
+from isthmus.methods.batching import CollateCaptions, tokenise
 from isthmus.methods.guided_config import GuidedConfig
 from isthmus.methods.guided_parts import draw_guided, pass_keys
 from isthmus.methods.parts import PAIRS, SeeingModule, common_length, image_ids, in_parts, seeded, texts_of
@@ -393,7 +393,7 @@ def build(config: GuidedConfig, context: BuildContext) -> Stage:
     module.micro_batch = context.micro_batch
     return Stage(
         module=module,
-        collate=CollateStage1(tokenizer, config.text.max_length, context.seed),
+        collate=CollateCaptions(tokenizer, config.text.max_length, context.seed),
         transform=spec.transform,
         augment=spec.transform.augment,
         references=partial(references, config, len(tokenizer)),

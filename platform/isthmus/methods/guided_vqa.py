@@ -35,8 +35,7 @@ from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.losses.counting import GlobalMean, uniform
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
-from isthmus.methods.batching import cut_captions, own_tokenizer, stack
-from isthmus.methods.blip2_stage1 import tokenise
+from isthmus.methods.batching import cut_captions, own_tokenizer, stack, tokenise
 from isthmus.methods.guided_parts import draw_guided, pass_keys
 from isthmus.methods.parts import SeeingModule, in_parts, seeded
 from isthmus.models.dual_stream import DualStream, build_streams

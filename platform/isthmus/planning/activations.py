@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isthmus.config import QFormerConfig
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.planning.compute import Pass, crossing_layers, reading, stage1_passes, stage1_uses
 from isthmus.planning.shapes import Local
 

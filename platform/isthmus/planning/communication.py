@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.planning.activations import FP32, Keeping
 from isthmus.planning.memory import frozen_bytes
 from isthmus.planning.subject import Subject

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from isthmus.config import QFormerConfig
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.models.attention import CrossAttention
 from isthmus.planning.shapes import Language, Local, Stack
 

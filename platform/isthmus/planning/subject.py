@@ -14,7 +14,8 @@ from isthmus.contracts import LocalComm, StageModule
 from isthmus.errors import ConfigError
 from isthmus.losses.language import CHUNK_ELEMENTS
 from isthmus.methods import blip2_stage2
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 from isthmus.models.compression import tokens_left
 from isthmus.models.freezing import freeze

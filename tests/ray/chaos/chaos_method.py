@@ -16,7 +16,8 @@ from torch import nn
 
 from isthmus.config import QFormerConfig, RunConfig
 from isthmus.contracts import Batch, BuildContext, Stage
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config, build
+from isthmus.methods.blip2_stage1 import build
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.table import MethodSpec
 from isthmus.testing.backbones import tiny_bert, tiny_vision_config
 

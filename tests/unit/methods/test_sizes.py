@@ -7,7 +7,8 @@ import torch
 
 from isthmus.config import QFormerConfig
 from isthmus.contracts import LocalComm
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2, Blip2Stage2Config
 
 EVA_G, CLIP_L = 1408, 1024

@@ -13,7 +13,7 @@ from isthmus.contracts import Sample
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods import method_configs
 from isthmus.methods.batching import choose_caption
-from isthmus.methods.blip2_stage1 import LossWeights
+from isthmus.methods.blip2_stage1_config import LossWeights
 from method_cases import batch, build, recipe, samples
 
 

@@ -11,7 +11,8 @@ import torch
 from isthmus.config import QFormerConfig
 from isthmus.contracts import Batch, LocalComm
 from isthmus.losses.matching import Negatives
-from isthmus.methods.blip2_stage1 import Blip2Stage1, Blip2Stage1Config
+from isthmus.methods.blip2_stage1 import Blip2Stage1
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from _plain_stage1 import PlainStage1

@@ -13,7 +13,7 @@ from torch import Tensor
 from isthmus.config import MethodConfig, QFormerConfig, TextConfig, VisionConfig, load_run
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.methods.artefact import BASES_FOLDER, LINEAGE, RECIPE
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config, LossWeights
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config, LossWeights
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.interchange.epsilon import epsilon_difference
 from isthmus.methods.interchange.folder import (

@@ -18,7 +18,7 @@ from torch import Tensor
 from isthmus.config import LanguageConfig, MethodConfig, QFormerConfig, TextConfig, VisionConfig
 from isthmus.errors import WeightsError
 from isthmus.methods.artefact import BASES_FOLDER
-from isthmus.methods.blip2_stage1 import Blip2Stage1Config
+from isthmus.methods.blip2_stage1_config import Blip2Stage1Config
 from isthmus.methods.blip2_stage2 import Blip2Stage2Config
 from isthmus.methods.interchange.folder import VISION, Import, bases, digest, finish, fresh_folder
 from isthmus.models.hf.files import read_file
