@@ -33,17 +33,18 @@ class Kept:
         self.artefacts[name] = data
 
 
-def worker_of(config: RunConfig, spec: MethodSpec | None = None) -> tuple[Worker, Kept]:
+def worker_of(config: RunConfig, spec: MethodSpec | None = None, parent: str | None = None) -> tuple[Worker, Kept]:
     """A worker of a run on one data set, which is not started yet, and what will hold its words.
 
     Args:
         config: of the run.
         spec: its method, where METHODS does not have it.
+        parent: folder of the model that it goes on from.
     """
     from isthmus.training.worker import Job, Worker
 
     samples = len(Manifest.load(config.data.train))
-    job = Job(config, spec or METHODS[config.method.name], samples, None, {"data": {}}, None)
+    job = Job(config, spec or METHODS[config.method.name], samples, parent, {"data": {}}, None)
     return Worker(job, torch.device("cpu"), kept := Kept()), kept
 
 

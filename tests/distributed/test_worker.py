@@ -44,10 +44,10 @@ def convolutional(root: str, stage: int, max_length: int = 32, **data: Any) -> R
     return tiny.recipe(root, name, data=data, train=train, zero={"stage": stage}).model_copy(update={"method": method})
 
 
-def run_one(config: RunConfig) -> dict[str, Any]:
+def run_one(config: RunConfig, parent: str | None = None) -> dict[str, Any]:
     """One worker's life; what it said, and how it ended."""
     spec = tiny.SPEC if isinstance(config.method, tiny.TinyConfig) else METHODS[config.method.name]
-    worker, out = worker_of(config, spec)
+    worker, out = worker_of(config, spec, parent)
     fault = None
     try:
         worker.train()
@@ -61,6 +61,10 @@ def run_one(config: RunConfig) -> dict[str, Any]:
 def scenarios(root: str) -> dict[str, Any]:
     """All of them in one pair of processes, since starting the processes is what takes the time."""
     out = {f"zero{stage}": run_one(recipe(root, f"zero{stage}", stage=stage)) for stage in (0, 1, 2, 3)}
+    for stage in (0, 3):
+        hardly = {"steps": 1, "lr": 1e-12, "min_lr": 0.0, "precision": "fp32"}
+        child = tiny.recipe(root, f"child{stage}", train=hardly, zero={"stage": stage}, cluster={"workers": 2})
+        out[child.name] = run_one(child, f"{root}/runs/zero2/artefact")
     broken = recipe(root, "broken", break_at=7)
     out["broken"], out["mended"] = run_one(broken), run_one(broken)
     for stage in STAGES:  # left after six steps by two ranks under one ZeRO stage, taken up under every other
@@ -144,6 +148,15 @@ def test_zero_stages_train_the_same_model(made) -> None:
         for name, value in weights(root, f"zero{stage}").items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(losses(first[f"zero{stage}"]), losses(first["zero0"]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_goes_on_from_its_parent_s_tensors(made, stage: int) -> None:
+    root, (first, _) = made
+    assert first[f"child{stage}"]["fault"] is None
+    parent = weights(root, "zero2")
+    for name, value in weights(root, f"child{stage}").items():
+        torch.testing.assert_close(value, parent[name], rtol=0, atol=1e-9)
 
 
 def test_an_encoder_of_convolutions_may_run_in_the_workers(made) -> None:

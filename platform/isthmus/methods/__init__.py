@@ -17,10 +17,12 @@ from isthmus.methods.table import MethodSpec
 
 METHODS: dict[str, MethodSpec] = {
     "blip2_stage1": MethodSpec(blip2_stage1_config.Blip2Stage1Config, blip2_stage1.build),
-    "blip2_stage2": MethodSpec(blip2_stage2.Blip2Stage2Config, blip2_stage2.build, blip2_stage2.resolve),
+    "blip2_stage2": MethodSpec(blip2_stage2.Blip2Stage2Config, blip2_stage2.build, blip2_stage2.resolve, starts=True),
     "co_optimise": MethodSpec(co_optimise.CoOptimiseConfig, co_optimise.build),
     "guided": MethodSpec(guided_config.GuidedConfig, guided.build),
-    "guided_vqa": MethodSpec(guided_vqa.GuidedVqaConfig, guided_vqa.build, guided_vqa.resolve, guided_vqa.survey),
+    "guided_vqa": MethodSpec(
+        guided_vqa.GuidedVqaConfig, guided_vqa.build, guided_vqa.resolve, guided_vqa.survey, starts=True
+    ),
     "projector": MethodSpec(projector.ProjectorConfig, projector.build),
 }
 

@@ -11,6 +11,7 @@ bases/              frozen parts of a model that was imported with them
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from isthmus.data.features import EncodedBy
 from isthmus.errors import RegistryError, WeightsError
 from isthmus.models.freezing import load_owned, owned_parameters
 from isthmus.models.partition import whole_shape
+
+log = logging.getLogger(__name__)
 
 MODEL, RECIPE, BASES = "model.safetensors", "recipe.yaml", "bases.json"
 FREEZING, LINEAGE = "freezing.json", "lineage.json"
@@ -163,6 +166,35 @@ def read_state(directory: str | Path) -> dict[str, Tensor]:
         return dict(load_file(file))
     except SafetensorError as error:
         raise RegistryError(f"{file} is damaged ({error}).", "Fetch or train the model again.") from error
+
+
+def start_from(stage: Stage, parent: str | Path) -> None:
+    """Further training: a saved model's tensors as this stage's initial ones. What the stage has and the parent has not
+    (a head whose loss was left out there) stays as it was drawn; both lists are logged.
+
+    Raises:
+        RegistryError: the folder is no artefact.
+        WeightsError: it stands on other frozen parts, a shape differs, or the two have no tensor in common.
+    """
+    check_bases(read_bases(parent), stage.bases)
+    state, own = read_state(parent), owned_parameters(stage.module)
+    taken = [name for name in own if name in state]
+    if not taken:
+        raise WeightsError(f"{parent} has no tensor that this model has.", "Name a model of the same method and shape.")
+    for name in taken:
+        if whole_shape(own[name]) != tuple(state[name].shape):
+            raise WeightsError(
+                f"The parent's '{name}' is {tuple(state[name].shape)}, and this recipe's is {whole_shape(own[name])}.",
+                "Give the recipe the parent's sizes; its stored recipe.yaml has them.",
+            )
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(state[name])
+    log.info("%d tensors are %s's", len(taken), parent)
+    if new := sorted(own.keys() - state.keys()):
+        log.warning("%d tensors that %s has not start anew: %s", len(new), parent, ", ".join(new[:8]))
+    if left := sorted(state.keys() - own.keys()):
+        log.warning("%d tensors of %s are left behind: %s", len(left), parent, ", ".join(left[:8]))
 
 
 def check_bases(recorded: Sequence[Base], loaded: Sequence[Base]) -> None:

@@ -176,14 +176,18 @@ class GuidedVqa(SeeingModule):
         logits_BA = self._logits(self.streams.image.schedule(), features_BND, ids, mask, None, None, None, None)
         return [self.config.answers[i] for i in logits_BA.argmax(1).tolist()]
 
-    def load_parent(self, state: Mapping[str, Tensor]) -> list[str]:
+    def load_parent(self, state: Mapping[str, Tensor], answers: Sequence[str] = ()) -> list[str]:
         """Starts from the tensors of a guided or guided_vqa model; the names that were taken.
+
+        Args:
+            state: the parent's tensors.
+            answers: its classes. Its classifier is taken where they are this model's, in the same order.
 
         Raises:
             WeightsError: it lacks a stream's tensor, holds one that is not known, or shapes differ.
         """
         own = {n: p for n, p in self.named_parameters() if not n.startswith("vision.")}
-        same_head = all(n in state and p.shape == state[n].shape for n, p in own.items() if n.startswith("classifier."))
+        same_head = tuple(answers) == tuple(self.config.answers)
         taken = sorted(n for n in own if n in state and (same_head or not n.startswith("classifier.")))
         missing = sorted(n for n in own if n not in state and not n.startswith("classifier."))
         surplus = sorted(n for n in state if n not in own and not n.startswith(DROPPED))
@@ -246,7 +250,8 @@ def build(config: GuidedVqaConfig, context: BuildContext) -> Stage:
         ConfigError: the configuration is not resolved, or names no answers.
         WeightsError: a part does not fit.
     """
-    config = resolve(config, read_recipe(context.parent) if context.parent else None)
+    parent = read_recipe(context.parent) if context.parent else None
+    config = resolve(config, parent)
     if not config.answers:
         raise ConfigError("method.answers is empty.", "Train on data whose samples have 'questions' with 'answers'.")
     assert config.vision and config.image and config.compression and config.text and config.fusion
@@ -260,10 +265,11 @@ def build(config: GuidedVqaConfig, context: BuildContext) -> Stage:
         module = GuidedVqa(config, vision, streams, tokenizer, context.comm, context.seed)
     module.micro_batch = context.micro_batch
     bases = (vision.base,) if vision is not None else ()
-    if context.parent:
+    if context.parent and parent is not None:
         check_bases([base for base in read_bases(context.parent) if base.role == "vision"], bases)
-        taken = module.load_parent(read_state(context.parent))
-        log.info("guided_vqa takes %d tensors of %s; new: the classifier", len(taken), context.parent)
+        taken = module.load_parent(read_state(context.parent), getattr(parent.method, "answers", ()))
+        head = "its classifier among them" if any(n.startswith("classifier.") for n in taken) else "new: the classifier"
+        log.info("guided_vqa takes %d tensors of %s; %s", len(taken), context.parent, head)
     return Stage(
         module=module,
         collate=CollateQuestions(tokenizer, config.text.max_length, context.seed, config.answers),

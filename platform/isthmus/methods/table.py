@@ -8,10 +8,32 @@ from typing import Any
 
 from isthmus.config import MethodConfig, RunConfig
 from isthmus.contracts import BuildContext, Stage
+from isthmus.errors import ConfigError
+
+SEEN_OTHERWISE = ("name", "options", "layer", "final_norm", "pool")
+"""What makes of an image encoder's weights another encoder. Another ``image_size`` is what fine-tuning may want."""
 
 
-def keep(config: Any, parent: RunConfig | None) -> Any:  # noqa: ARG001 - the signature of MethodSpec.resolve
-    """The ``resolve`` of a method that inherits nothing."""
+def same_method(config: Any, parent: RunConfig | None) -> Any:
+    """The ``resolve`` of a method whose parent, if there is one, is an earlier training of the same method.
+
+    Raises:
+        ConfigError: the parent is of another method, or reads its images through another encoder.
+    """
+    if parent is None:
+        return config
+    if parent.method.name != config.name:
+        raise ConfigError(
+            f"The parent is a '{parent.method.name}' model, and a '{config.name}' run goes on from none of those.",
+            f"Name a '{config.name}' model as parent, or leave parent out.",
+        )
+    ours, theirs = getattr(config, "vision", None), getattr(parent.method, "vision", None)
+    for field in SEEN_OTHERWISE if ours is not None else ():
+        if (here := getattr(ours, field)) != (there := getattr(theirs, field)):
+            raise ConfigError(
+                f"method.vision.{field} is {here!r}, and the parent's {there!r}.",
+                "Copy the parent's section 'vision': what it has learnt is of that encoder.",
+            )
     return config
 
 
@@ -27,11 +49,15 @@ class MethodSpec:
     Attributes:
         config: its section of a recipe.
         build: assembles model, objective and data specification.
-        resolve: fills in what a stage inherits from its parent's recipe, so that the stored recipe builds without it.
+        resolve: fills in what a stage inherits from its parent's recipe, so that the stored recipe builds without it,
+            and refuses parents that do not fit.
         survey: fills in what it takes from its data sets (URLs), so that the stored recipe builds without them.
+        starts: whether ``build`` itself takes the parent's tensors. Where it does not, all of them are taken over
+            (:func:`isthmus.methods.artefact.start_from`).
     """
 
     config: type[MethodConfig]
     build: Callable[[Any, BuildContext], Stage]
-    resolve: Callable[[Any, RunConfig | None], Any] = keep
+    resolve: Callable[[Any, RunConfig | None], Any] = same_method
     survey: Callable[[Any, Sequence[str]], Any] = take_nothing
+    starts: bool = False

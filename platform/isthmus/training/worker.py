@@ -18,7 +18,7 @@ from isthmus.data.mixture import order_of, passes
 from isthmus.data.parallel import store_environment
 from isthmus.data.quarantine import check_cut
 from isthmus.data.streamed import Encoding, encoder_base
-from isthmus.methods.artefact import check_bases, read_bases
+from isthmus.methods.artefact import check_bases, read_bases, start_from
 from isthmus.models.freezing import freeze, verdict_table
 from isthmus.registry.manifest import run_identity
 from isthmus.training import checkpoint
@@ -169,6 +169,8 @@ class Worker:
             micro_batch=self.train_config.micro_batch,
         )
         stage: Stage = self.job.spec.build(self.run.method, context)
+        if self.job.parent is not None and not self.job.spec.starts:
+            start_from(stage, self.job.parent)
         freeze(stage.module, self.train_config.frozen)
         stage.module.train()
         # What still draws from the process's generator, as a frozen language model's dropout, differs between ranks.

@@ -112,9 +112,12 @@ def test_a_parent_gives_its_streams_and_nothing_else(folder: Path, tmp_path: Pat
     assert child.module.config.compression == GUIDED["compression"]
     resolved = resolve(GuidedVqaConfig(answers=ANSWERS), run_config(config))
     grand = build(resolved)
+    moved(child.module)
     save_artefact(tmp_path / "child", owned_state(child.module), run_config(resolved), grand, {})
     again = build(GuidedVqaConfig(answers=ANSWERS), parent=str(tmp_path / "child"))
     assert torch.equal(again.module.classifier[3].weight, child.module.classifier[3].weight)
+    turned = build(GuidedVqaConfig(answers=ANSWERS[::-1]), parent=str(tmp_path / "child"))
+    assert not torch.equal(turned.module.classifier[3].weight, child.module.classifier[3].weight), "other classes"
     with pytest.raises(WeightsError, match=r"lacks \['streams"):
         grand.module.load_parent({"itm_head.weight": torch.zeros(1)})
     with pytest.raises(ConfigError, match="names no 'parent'"):
