@@ -82,7 +82,7 @@ def measure(batch: int, rounds: int) -> list[dict[str, Any]]:
 
     towers = {
         rate: CompressibleTransformer(
-            CompressionConfig(layers=LAYERS, keep=(rate,)), None, plain.blocks, plain.norm, 196, 1
+            CompressionConfig(layers=LAYERS, keep=(rate,)), None, plain.blocks, plain.norm, 196, 1, True
         ).eval()
         for rate in KEEP_RATES
     }

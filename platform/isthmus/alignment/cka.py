@@ -10,6 +10,7 @@ Everything is float64 inside. N samples, D and E widths.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +54,11 @@ class Covariance:
         total = sum(rows.sum(0) for rows in self._blocks())  # zero but for rounding
         self.sums_N = np.concatenate([rows @ total for rows in self._blocks()])
 
-    def _blocks(self, order_N: np.ndarray | None = None) -> list[np.ndarray]:
+    def _blocks(self, order_N: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Some rows at a time, centred, in float64: all of them would be twice the features again."""
         starts = range(0, len(self._x), BLOCK)
         places = (slice(s, s + BLOCK) if order_N is None else order_N[s : s + BLOCK] for s in starts)
-        return [self._x[place].astype(np.float64) - self._mean for place in places]
+        return (self._x[place].astype(np.float64) - self._mean for place in places)
 
     def inner(self, other: Kernel, order_N: np.ndarray | None = None) -> float:
         """||Xc' Yc||^2, accumulated over blocks of rows."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from isthmus import storage
-from isthmus.alignment.features import CaptionEncoder, text_facts
+from isthmus.alignment.features import CaptionEncoder, cut_warning, text_facts
 from isthmus.alignment.prototypes import Prototypes, model_space, text_space
 from isthmus.alignment.topk import Assignment, Candidates, Collector, assign, best
 from isthmus.alignment.vectors import Embedded, Encoded, Group, Stored, Vectors
@@ -34,6 +35,8 @@ from isthmus.inference.commits import Job, Quarantined, digest_of, parquet_bytes
 from isthmus.inference.loading import pick_device
 from isthmus.inference.pool import Done
 from isthmus.inference.rows import Rows
+
+log = logging.getLogger(__name__)
 
 TOP, WORK = "top", "work"
 MERGED = 16  # tables that one task merges
@@ -71,6 +74,7 @@ class CurateReport:
         unreadable: set aside; ``work/quarantine.parquet`` has the reasons.
         full, short, empty: classes with ``per_class`` samples, with fewer, with none.
         digest: of the new data set.
+        warnings: what the scores must not be taken for.
     """
 
     data: str
@@ -87,6 +91,7 @@ class CurateReport:
     seconds: float
     digest: str
     classes: tuple[ClassRow, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def curate(config: CurateConfig) -> CurateReport:
@@ -102,6 +107,9 @@ def curate(config: CurateConfig) -> CurateReport:
     manifest, known = open_data(config.data), Prototypes.load(config.prototypes)
     embedded = Embedded.open(config.vectors, config.side) if config.vectors else None
     _check_space(config, known, embedded, manifest)
+    cut = cut_warning(manifest, config.text, seed=0) if config.text is not None else None
+    if cut:
+        log.warning(cut)
     chunk = embedded.chunk if embedded else config.chunk
     facts = {
         "manifest": manifest.digest,
@@ -134,6 +142,7 @@ def curate(config: CurateConfig) -> CurateReport:
         seconds=round(time.monotonic() - started, 2),
         digest=subset.digest,
         classes=tuple(rows),
+        warnings=(cut,) if cut else (),
     )
     if report.chosen + report.passed_over + report.no_candidate + report.unreadable != len(manifest):
         raise DataError(f"The books of {config.out} do not balance.", "This is a fault of the program: report it.")

@@ -186,3 +186,27 @@ def read_captions(manifest: Manifest, rows: Sequence[int]) -> tuple[list[Sample]
         at = dict(zip(manifest.ids_of(rows).tolist(), rows, strict=True))
         aside += [Rows(manifest).blame(at[i], "it has no caption") for i in sorted(bare)]
     return [sample for sample in samples if sample.id not in bare], aside
+
+
+LOOKED_AT, BEARABLE = 1000, 0.01
+"""Samples whose captions are counted in tokens; the share of them that may be cut without a word."""
+
+
+def cut_warning(manifest: Manifest, text: TextConfig, seed: int) -> str | None:
+    """A sentence where more than one in a hundred captions is longer than the encoder reads; of a drawn thousand."""
+    from isthmus.data.transforms import clean_caption
+    from isthmus.methods.batching import cut_captions
+    from isthmus.models.text import load_tokenizer
+
+    count = min(LOOKED_AT, len(manifest))
+    rows = np.sort(np.random.default_rng(seed).choice(len(manifest), count, replace=False)).tolist()
+    samples, _ = read_captions(manifest, rows)
+    captions = [clean_caption(caption) for sample in samples for caption in sample.captions]
+    tokenizer = load_tokenizer(text.weights)
+    cut = cut_captions(captions, text.max_length, lambda caption: tokenizer(caption, verbose=False)["input_ids"])
+    if not captions or int(cut.sum()) <= BEARABLE * len(captions):
+        return None
+    return (
+        f"{text_label(text)}: {int(cut.sum()):,} of {len(captions):,} sampled captions are longer than "
+        f"{text.max_length} tokens and are read as far as that. Raise the encoder's max_length."
+    )

@@ -20,6 +20,7 @@ from isthmus import storage
 from isthmus.alignment.features import CaptionEncoder, text_facts
 from isthmus.alignment.vectors import Embedded, Group, Stored
 from isthmus.config import PrototypesConfig, TextConfig, anchored
+from isthmus.data.labels import label_of
 from isthmus.data.manifest import Manifest
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.errors import ConfigError, DataError
@@ -201,8 +202,8 @@ def labelled(manifest: Manifest) -> dict[int, str]:
     """
     out = {}
     for raw in read_rows(manifest, range(len(manifest)), head=1):
-        if isinstance(raw, RawSample) and (label := raw.meta.get("label") or raw.meta.get("class")):
-            out[raw.id] = str(label)
+        if isinstance(raw, RawSample) and (label := label_of(raw.meta)):
+            out[raw.id] = label
     if not out:
         raise DataError(f"{manifest.root} has no labels.", "Give 'label' or 'class' in the samples' JSON.")
     return out

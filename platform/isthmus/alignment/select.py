@@ -15,7 +15,7 @@ import numpy as np
 
 from isthmus import storage
 from isthmus.alignment.cka import Covariance, Kernel, rbf_gram, similarity
-from isthmus.alignment.features import Features, image_features, text_features
+from isthmus.alignment.features import Features, cut_warning, image_features, text_features
 from isthmus.config import SelectConfig, anchored
 from isthmus.data.manifest import Manifest
 from isthmus.data.subset import write_subset
@@ -86,6 +86,7 @@ def select(config: SelectConfig) -> SelectReport:
     if whole.captioned < len(whole):
         raise DataError(f"{len(whole) - whole.captioned} samples of {config.data} have no caption.", "Index without.")
     sample = draw_sample(whole, config)
+    cut = [said for text in config.text if (said := cut_warning(sample, text, config.seed))]
     images = [image_features(sample, vision, config) for vision in config.vision]
     texts = [text_features(sample, text, config) for text in config.text]
     common = shared_ids([*images, *texts], config.data)
@@ -99,7 +100,7 @@ def select(config: SelectConfig) -> SelectReport:
         samples=len(common),
         seed=config.seed,
         seconds=round(time.monotonic() - started, 2),
-        warnings=tuple(warnings(rows, [f.x_ND.shape[1] for f in (*images, *texts)])),
+        warnings=(*warnings(rows, [f.x_ND.shape[1] for f in (*images, *texts)]), *cut),
         pairs=tuple(rows),
         out=config.out,
     )

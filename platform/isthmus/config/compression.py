@@ -12,11 +12,14 @@ Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 
+EVEN, ELIP_MIX = 0.5, 0.2
+"""Shares of the image's own score, and of the text in ELIP's class token."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "evit": {"layers": (3, 6, 9), "keep": (0.7,)},
     "elip": {
         "layers": (2, 4, 10), "keep": (0.90, 0.65, 0.40), "keep_of": "image", "place": "before",
-        "look_ahead": (2, 6, 2), "class_mix": 0.2, "detach": True,
+        "look_ahead": (2, 6, 2), "class_mix": ELIP_MIX, "detach": True,
     },
     "trips": {"layers": (4, 9), "keep": (0.7,), "balance": 0.0},
 }  # fmt: skip
@@ -58,12 +61,12 @@ class CompressionConfig(Config):
         "inside", description="between a layer's attention and its feed-forward network (EViT), or before it (ELIP)"
     )
     balance: Share = Field(
-        0.5, description="share of the image's own score in the guided one; the rest is the text's. 1 is no guidance"
+        EVEN, description="share of the image's own score in the guided one; the rest is the text's. 1 is no guidance"
     )
     look_ahead: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (), description="ELIP: layers that a copy runs ahead without gradient, for the last one's attention as score"
     )
-    class_mix: Share = Field(0.2, description="ELIP: share of the text's vector in the copy's class token")
+    class_mix: Share = Field(ELIP_MIX, description="ELIP: share of the text's vector in the copy's class token")
     fuse: bool = Field(True, description="put the score-weighted mean of what is dropped in its place, as one token")
     detach: bool = Field(False, description="no gradient through the weights of that mean (ELIP)")
     guidance_dropout: Share = Field(
@@ -88,6 +91,13 @@ class CompressionConfig(Config):
                 raise ValueError(f"compression.{name} has {len(given)} values for {len(self.layers)} layers")
         if self.look_ahead and self.place != "before":
             raise ValueError("compression.look_ahead scores tokens before a layer: set compression.place: before")
+        if self.look_ahead and self.balance != EVEN:
+            raise ValueError(
+                "compression.look_ahead scores by a class token that class_mix gives the text's share of: balance "
+                "has no say. class_mix: 0 is no guidance"
+            )
+        if self.class_mix != ELIP_MIX and not self.look_ahead:
+            raise ValueError("compression.class_mix is of look_ahead; without it, the text's share is 1 - balance")
         if self.keep_of == "image" and list(self.keep) != sorted(self.keep, reverse=True):
             raise ValueError(f"compression.keep {list(self.keep)} are shares of the image and must not rise")
         return self

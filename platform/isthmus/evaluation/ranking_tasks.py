@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from isthmus.data.transforms import clean_caption
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.classification import (
     class_ranks,
     class_vectors,
@@ -161,6 +161,7 @@ def matching(held: Held) -> TaskResult:
 
     Raises:
         DataError: an image without a caption, without a wrong one, or negatives for some images only.
+        ConfigError: negatives would have to be mined, by a model without a contrast.
     """
     asked = held.config.matching.negatives
     read = held.gather("read", "reading", extras=True)
@@ -170,6 +171,11 @@ def matching(held: Held) -> TaskResult:
     mined = asked == "mined" or (asked == "auto" and len(without) == len(read.ids))
     if without and not mined:
         raise DataError(f"{len(without)} images have no 'negatives' (first {without[0]}).", "Give all of them some.")
+    if mined and not held.runner.about().contrasts:
+        raise ConfigError(
+            "The images have no 'negatives', and this model, trained without a contrast, cannot mine any.",
+            "Give each sample 'negatives' in its JSON, or leave matching out.",
+        )
     if mined:
         read = held.gather("embed", "embedding")
         negatives = _mined(read)

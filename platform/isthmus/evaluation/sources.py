@@ -13,6 +13,7 @@ from isthmus.config import EvaluateConfig
 from isthmus.contracts import Sample
 from isthmus.data.clips import clip_transform
 from isthmus.data.features import EncodedBy, FeatureCache
+from isthmus.data.labels import label_of
 from isthmus.data.local import to_sample
 from isthmus.data.manifest import Manifest
 from isthmus.data.questions import parse_questions
@@ -111,7 +112,7 @@ class IndexedSource:
         where = f"{self.root}: sample {raw.key}"
         return Extras(
             questions=parse_questions(raw.meta, raw.id, where),
-            label=str(raw.meta.get("label") or raw.meta.get("class") or ""),
+            label=label_of(raw.meta),
             negatives=as_negatives(raw.meta.get("negatives"), where),
         )
 

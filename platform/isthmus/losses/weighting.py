@@ -86,5 +86,6 @@ class DynamicAverage:
 
 def dynamic_weights(before: Sequence[float], last: Sequence[float], temperature: float) -> list[float]:
     """K x softmax(r / T) with r = last / before."""
-    powers = [math.exp(new / max(old, 1e-12) / temperature) for old, new in zip(before, last, strict=True)]
+    ratios = [new / max(old, 1e-12) / temperature for old, new in zip(before, last, strict=True)]
+    powers = [math.exp(ratio - max(ratios)) for ratio in ratios]  # or a loss that was nothing would overflow
     return [len(powers) * power / sum(powers) for power in powers]

@@ -29,6 +29,7 @@ from isthmus.methods.parts import (
     PAIRS,
     SeeingModule,
     VisionNorm,
+    check_thinning,
     common_length,
     image_ids,
     in_parts,
@@ -369,6 +370,7 @@ def build(config: Blip2Stage1Config, context: BuildContext) -> Stage:
         ConfigError, WeightsError: a part does not exist or does not fit.
     """
     spec = describe_vision(config.vision)
+    check_thinning(config.qformer, spec)
     vision = build_vision(config.vision) if context.with_vision else None
     tokenizer = load_tokenizer(config.text.weights)
     bert: dict[str, Any] = {}

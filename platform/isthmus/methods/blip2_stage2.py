@@ -22,7 +22,7 @@ from isthmus.losses.language import language_reference
 from isthmus.methods.artefact import check_bases, read_bases, read_recipe, read_state
 from isthmus.methods.batching import choose_caption, cut_captions, split_caption, stack
 from isthmus.methods.blip2_stage1_config import check_heads
-from isthmus.methods.parts import SeeingModule, VisionNorm, in_parts, seeded, thinned
+from isthmus.methods.parts import SeeingModule, VisionNorm, check_thinning, in_parts, seeded, thinned
 from isthmus.models.language import build_language
 from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum
 from isthmus.models.noise import batch_keys
@@ -294,6 +294,7 @@ def build(config: Blip2Stage2Config, context: BuildContext) -> Stage:
     config = resolve(config, read_recipe(context.parent) if context.parent else None)
     assert config.vision is not None and config.qformer is not None
     spec = describe_vision(config.vision)
+    check_thinning(config.qformer, spec)
     vision = build_vision(config.vision) if context.with_vision else None
     language = build_language(config.language, bf16=context.bf16, recompute=context.gradient_checkpointing)
     with seeded(context.seed):

@@ -35,6 +35,7 @@ from isthmus.methods.batching import CollateCaptions, tokenise
 from isthmus.methods.guided_config import GuidedConfig
 from isthmus.methods.guided_parts import draw_guided, pass_keys
 from isthmus.methods.parts import PAIRS, SeeingModule, common_length, image_ids, in_parts, seeded, texts_of
+from isthmus.models.compressible import Seen
 from isthmus.models.compression import Step, overlap
 from isthmus.models.dual_stream import DualStream, build_streams
 from isthmus.models.relations import RelationalHead
@@ -156,8 +157,8 @@ class Guided(SeeingModule):
         mlm = trunk.new_zeros(1)
         if with_mlm:
             # The image is the unguided one: a choice of tokens by the whole text would tell what is masked.
+            assert streams.fusion is not None and streams.lm_head is not None
             hidden = streams.fusion(streams.text(read, mask, noise[2]), mask, seen.tokens_BSC, noise[3])
-            assert streams.lm_head is not None
             mlm = masked_sum(hidden, labels, streams.lm_head).unsqueeze(0)
         return Alone(
             _unit(self.image_proj(seen.pooled)),
@@ -216,8 +217,8 @@ class Guided(SeeingModule):
         text, masks = torch.cat([states, states, other_states]), torch.cat([mask, mask, other_mask])
         seen = streams.look(torch.cat([trunk, other_trunk, trunk]), steps, text, masks, guided.t().flatten())
         itm, rel = trunk.new_zeros(rows, 3, 2), trunk.new_zeros(rows, 3)
-        fused = streams.fuse(text, masks, seen, noise.t().flatten() if noise is not None else None)
         if self.itm_head is not None:
+            fused = streams.fuse(text, masks, seen, noise.t().flatten() if noise is not None else None)
             itm = self.itm_head(fused).float().view(3, rows, 2).transpose(0, 1)
         if self.relation is not None:
             words = streams.words(torch.cat([ids, ids, other_ids]), masks)
@@ -246,7 +247,7 @@ class Guided(SeeingModule):
         text_11M = streams.text.embedding_norm(found.image_BE.new_zeros(1, 1, self.config.fusion.width))
         mask_11 = torch.ones(1, 1, dtype=torch.long, device=text_11M.device)
         zero = zero + 0.0 * (found.image_BKE.sum() + found.text_BTE.sum() + streams.guide(text_11M[:, 0]).sum())
-        if not with_pairs and not with_mlm:
+        if streams.fusion is not None and not with_mlm and not (with_pairs and self.itm_head is not None):
             image_11C = text_11M.new_zeros(1, 1, streams.image_width)
             zero = zero + 0.0 * streams.fusion(text_11M, mask_11, image_11C).sum()
         if not with_pairs and self.itm_head is not None:
@@ -325,7 +326,7 @@ class Guided(SeeingModule):
         words_BT, states_BTM = self.streams.words(ids_BT, mask_BT), self.streams.text(ids_BT, mask_BT)
         trunk, steps = self.streams.image.begin(features_BND), self.streams.image.schedule()
         seen = self.streams.look(trunk, steps, states_BTM, mask_BT)
-        score_B = self._matched(self.streams.fuse(states_BTM, mask_BT, seen))[:, 1]
+        score_B = self._matched(states_BTM, mask_BT, seen)[:, 1]
         weights, local = self.config.score, _tokens(self.text_local, states_BTM)
         if self.relation is not None and weights.relation > 0:
             found_B = self.relation(_tokens(self.image_local, seen.patches), local, words_BT)
@@ -342,13 +343,13 @@ class Guided(SeeingModule):
         ids_BT, mask_BT = self._tokenise(texts, max_length)
         states_BTM, image = self.streams.text(ids_BT, mask_BT), self.streams.image
         seen = self.streams.look(image.begin(features_BND), image.schedule(), states_BTM, mask_BT)
-        logits_B2 = self._matched(self.streams.fuse(states_BTM, mask_BT, seen))
+        logits_B2 = self._matched(states_BTM, mask_BT, seen)
         return logits_B2[:, 1] - logits_B2[:, 0]
 
-    def _matched(self, fused_BM: Tensor) -> Tensor:
+    def _matched(self, states_BTM: Tensor, mask_BT: Tensor, seen: Seen) -> Tensor:
         if self.itm_head is None:
             raise ConfigError("This model has no matching head: it was trained with weights.itm 0.", "Use rerank: 0.")
-        return self.itm_head(fused_BM).float()
+        return self.itm_head(self.streams.fuse(states_BTM, mask_BT, seen)).float()
 
     def _tokenise(self, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
         cleaned = [clean_caption(text) for text in texts]
@@ -387,7 +388,7 @@ def build(config: GuidedConfig, context: BuildContext) -> Stage:
     with seeded(context.seed):
         streams = build_streams(
             config.vision, config.image, config.compression, config.text, config.fusion, spec, tokenizer,
-            head=config.weights.mlm > 0,
+            head=config.weights.mlm > 0, fused=config.weights.mlm > 0 or config.weights.itm > 0,
         )  # fmt: skip
         module = Guided(config, vision, streams, tokenizer, context.comm, context.seed)
     module.micro_batch = context.micro_batch

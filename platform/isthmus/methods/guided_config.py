@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from isthmus.config import CompressionConfig, Config, FusionConfig, MethodConfig, TextConfig, TowerConfig, VisionConfig
+from isthmus.config.bounds import check_range
 
 Every = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0.0)]
@@ -61,8 +62,9 @@ class GuidedConfig(MethodConfig):
     temperature_range: tuple[float, float] = Field((0.001, 0.5), description="both are held inside on every step")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> GuidedConfig:
+    def _fits(self) -> GuidedConfig:
         check_widths(self.image, self.fusion)
+        check_range(self.temperature_range, temperature=self.temperature, local_temperature=self.local_temperature)
         return self
 
 

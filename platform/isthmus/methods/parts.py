@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.config import TokenDropConfig
+from isthmus.config import QFormerConfig, TokenDropConfig
 from isthmus.contracts import Batch, Comm, StageModule
 from isthmus.errors import ConfigError
 from isthmus.models.attention import ImageTokens
 from isthmus.models.compression import drop_frozen
+from isthmus.models.vision import VisionSpec
 
 
 class VisionNorm(nn.LayerNorm):
@@ -73,6 +74,12 @@ def thinned(image: ImageTokens, compression: TokenDropConfig | None) -> ImageTok
     if compression is None:
         return image
     return replace(image, tokens_BND=drop_frozen(image.tokens_BND, compression))
+
+
+def check_thinning(qformer: QFormerConfig, spec: VisionSpec) -> None:
+    """Raises ConfigError where ``qformer.compression`` goes by a class token that the image encoder does not have."""
+    if qformer.compression is not None and qformer.compression.class_token:
+        spec.require_class_token("method.qformer.compression.class_token")
 
 
 PAIRS = ("own", "other image", "other text")

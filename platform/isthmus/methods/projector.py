@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isthmus.config import MethodConfig, TextConfig, VisionConfig
+from isthmus.config.bounds import check_range
 from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
@@ -61,7 +62,8 @@ class ProjectorConfig(MethodConfig):
     )
 
     @model_validator(mode="after")
-    def _something_is_gathered(self) -> ProjectorConfig:
+    def _fits(self) -> ProjectorConfig:
+        check_range(self.temperature_range, temperature=self.temperature)
         if self.contrast_over == "local" and self.itc_gather == "detached":
             raise ValueError("contrast_over 'local' gathers nothing, so itc_gather cannot be 'detached'")
         return self
@@ -231,6 +233,8 @@ def build(config: ProjectorConfig, context: BuildContext) -> Stage:
         ConfigError, WeightsError: a part does not exist or does not fit.
     """
     spec = describe_vision(config.vision)
+    if config.class_token:
+        spec.require_class_token("method.class_token")
     vision = build_vision(config.vision) if context.with_vision else None
     text = build_sentence_encoder(config.text)
     with seeded(context.seed):

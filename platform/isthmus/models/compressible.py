@@ -47,11 +47,13 @@ class Seen:
         tokens_BSC: last hidden states, normalised; the prefix (class token and the like) first.
         numbers_BN: int64, which of the image's own tokens stand behind the prefix; -1 for fused ones.
         prefix: so many first ones are no image tokens.
+        class_token: the first of those is a class token; they may all be registers.
     """
 
     tokens_BSC: Tensor
     numbers_BN: Tensor
     prefix: int
+    class_token: bool
 
     @property
     def patches(self) -> Tensor:
@@ -60,8 +62,8 @@ class Seen:
 
     @property
     def pooled(self) -> Tensor:
-        """The class token, or the mean where there is none, [B, C]."""
-        return self.tokens_BSC[:, 0] if self.prefix else self.tokens_BSC.mean(1)
+        """The class token, or the image tokens' mean where there is none, [B, C]."""
+        return self.tokens_BSC[:, 0] if self.class_token else self.patches.mean(1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class CompressibleTransformer(nn.Module):
         blocks: timm's.
         norm: behind the last block.
         tokens: image tokens at first, without prefix.
-        prefix: tokens in front that are never dropped; the first of them is the class token. 0: there is none.
+        prefix: tokens in front that are never dropped: a class token, registers.
+        class_token: the first of them is a class token.
 
     Raises:
         ConfigError: a layer that is not there, or blocks whose attention cannot be read.
@@ -118,9 +121,10 @@ class CompressibleTransformer(nn.Module):
         norm: nn.Module,
         tokens: int,
         prefix: int,
+        class_token: bool,
     ) -> None:
         super().__init__()
-        self.config, self.tokens, self.prefix = config, tokens, prefix
+        self.config, self.tokens, self.prefix, self.class_token = config, tokens, prefix, class_token
         self.embed, self.blocks, self.norm = embed, nn.ModuleList(blocks), norm
         check_layers(config, len(self.blocks))
         for block in self.blocks:
@@ -130,7 +134,7 @@ class CompressibleTransformer(nn.Module):
                     "is needed.",
                     "Name a plain vision transformer in method.vision.name, such as vit_base_patch16_224.",
                 )
-        if config.look_ahead and not prefix:
+        if config.look_ahead and not class_token:
             raise ConfigError("compression.look_ahead mixes the text into a class token, and there is none.")
 
     @property
@@ -167,7 +171,7 @@ class CompressibleTransformer(nn.Module):
                 continue
             x, chosen = self._before(x, number, step, guide) if self._ahead else self._inside(x, number, step, guide)
             numbers_BN = renumber(numbers_BN, chosen)
-        return Seen(self.norm(x), numbers_BN, self.prefix)
+        return Seen(self.norm(x), numbers_BN, self.prefix, self.class_token)
 
     def forward(self, features_BND: Tensor, guide: Guide | None = None) -> Seen:
         """Both, at the final rates."""
@@ -180,7 +184,7 @@ class CompressibleTransformer(nn.Module):
     def _inside(self, x: Tensor, number: int, step: Step, guide: Guide | None) -> tuple[Tensor, Tensor]:
         """EViT: attention, then the choice, then the feed-forward network on what is left."""
         block: Any = self.blocks[number]
-        seen, image_BN, text_BN = attend_and_score(block, x, self.prefix, guide)
+        seen, image_BN, text_BN = attend_and_score(block, x, self.prefix, self.class_token, guide)
         x = x + block.drop_path1(block.ls1(seen))
         x, chosen = self._shorten(x, step, image_BN, text_BN, guide)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), chosen
@@ -191,7 +195,7 @@ class CompressibleTransformer(nn.Module):
         if self.config.look_ahead:
             image_BN, text_BN = self._look_ahead(x, number, guide), None
         else:
-            _, image_BN, text_BN = attend_and_score(block, x, self.prefix, guide)
+            _, image_BN, text_BN = attend_and_score(block, x, self.prefix, self.class_token, guide)
         x, chosen = self._shorten(x, step, image_BN, text_BN, guide)
         return block(x), chosen
 
@@ -205,7 +209,7 @@ class CompressibleTransformer(nn.Module):
         last = min(number + ahead, len(self.blocks)) - 1
         for block in self.blocks[number:last]:
             x = block(x)
-        return attend_and_score(self.blocks[last], x, self.prefix, None)[1]
+        return attend_and_score(self.blocks[last], x, self.prefix, self.class_token, None)[1]
 
     def _shorten(
         self, x: Tensor, step: Step, image_BN: Tensor, text_BN: Tensor | None, guide: Guide | None
@@ -218,10 +222,10 @@ class CompressibleTransformer(nn.Module):
 
 
 def attend_and_score(
-    block: Any, x_BSC: Tensor, prefix: int, guide: Guide | None
+    block: Any, x_BSC: Tensor, prefix: int, class_token: bool, guide: Guide | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A block's attention as timm computes it, and what the image tokens are worth: to the class token (to all tokens
-    where there is none), and to the text, which asks through the block's own norm and query weights.
+    """A block's attention as timm computes it, and what the image tokens are worth: to the class token (to all image
+    tokens where there is none), and to the text, which asks through the block's own norm and query weights.
 
     Returns:
         the attention's output [B, S, C]; scores [B, N] of the image and, with a guide, of the text.
@@ -235,7 +239,7 @@ def attend_and_score(
     seen = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
     seen = attn.norm(seen.transpose(1, 2).reshape(B, S, -1))
     seen = attn.proj_drop(attn.proj(seen if gate is None else seen * gate))
-    asking = query[:, :, :1] if prefix else query
+    asking = query[:, :, :1] if class_token else query[:, :, prefix:]
     image_BN = attention_score(asking, key)[:, prefix:]
     text_BN = None
     if guide is not None:
@@ -272,11 +276,12 @@ def new_transformer(
                 nn.init.trunc_normal_(part.weight, std=INIT_STD)
                 nn.init.zeros_(part.bias)
     embed = TokenEmbedding(given, width, tokens, class_token, dropout)
-    return CompressibleTransformer(config, embed, blocks, norm(width), tokens, int(class_token))
+    return CompressibleTransformer(config, embed, blocks, norm(width), tokens, int(class_token), class_token)
 
 
 def upper_transformer(config: CompressionConfig, model: nn.Module, layer: int, tokens: int) -> CompressibleTransformer:
-    """The blocks of a timm transformer behind ``layer`` (counted from the end, as in a recipe), and its last norm.
+    """The blocks of a timm transformer behind ``layer`` (counted from the end, as in a recipe), and its last norm
+    (none, where the model has one for the mean of its tokens alone).
 
     Args:
         model: with the weights that are started from; its blocks become this module's.
@@ -297,4 +302,5 @@ def upper_transformer(config: CompressionConfig, model: nn.Module, layer: int, t
             "Count back to the last layer that is to stay frozen: -7 of twelve trains the last six.",
         )
     prefix, blocks = int(model.num_prefix_tokens), list(model.blocks.children())[layer + 1 :]
-    return CompressibleTransformer(config, None, blocks, model.norm, tokens - prefix, prefix)
+    class_token = model.cls_token is not None
+    return CompressibleTransformer(config, None, blocks, model.norm, tokens - prefix, prefix, class_token)

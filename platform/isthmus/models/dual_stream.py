@@ -29,8 +29,9 @@ class DualStream(nn.Module):
         image: compressible transformer on the frozen encoder's tokens.
         config: shape of text and fusion encoder.
         vocab, positions: of the text.
-        head: with a language-model head for masked words.
         special: ids of [CLS] and [SEP], which are no words.
+        fused: with a fusion encoder.
+        head: with a language-model head for masked words.
     """
 
     def __init__(
@@ -41,15 +42,16 @@ class DualStream(nn.Module):
         positions: int,
         special: Iterable[int],
         *,
+        fused: bool = True,
         head: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.special = config, tuple(special)
         self.image, self.image_width = image, image.width
         self.text = TextEncoder(config, vocab, positions)
-        self.fusion = FusionEncoder(config, self.image_width)
+        self.fusion = FusionEncoder(config, self.image_width) if fused else None
         self.lm_head = LanguageHead(self.text.words.weight) if head else None
-        initialise(self.text, self.fusion, *([self.lm_head] if self.lm_head is not None else []))
+        initialise(*(part for part in (self.text, self.fusion, self.lm_head) if part is not None))
         # A text vector asks through an image layer's own weights; only where widths differ it needs some of its own.
         self.guide: nn.Module = nn.Identity()
         if image.width != config.width:
@@ -83,6 +85,7 @@ class DualStream(nn.Module):
 
     def fuse(self, states_BTM: Tensor, mask_BT: Tensor, seen: Seen, noise_B: Tensor | None = None) -> Tensor:
         """The fused [CLS], [B, M]."""
+        assert self.fusion is not None
         return self.fusion(states_BTM, mask_BT, seen.tokens_BSC, noise_B, leading=1)[:, 0]
 
 
@@ -96,6 +99,7 @@ def build_streams(
     tokenizer: Any,
     *,
     head: bool,
+    fused: bool = True,
 ) -> DualStream:
     """The streams with their initial weights, drawn where they are new.
 
@@ -110,7 +114,7 @@ def build_streams(
     positions = int(bert.get("max_position_embeddings", 512))
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     image = build_tower(vision, tower, compression, spec)
-    streams = DualStream(image, fusion, len(tokenizer), positions, special, head=head)
+    streams = DualStream(image, fusion, len(tokenizer), positions, special, fused=fused, head=head)
     if bert:
         load_bert(streams.text, streams.fusion, streams.lm_head, fusion, bert, state)
     return streams

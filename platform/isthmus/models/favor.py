@@ -23,6 +23,13 @@ def favor_attention(
         asked_BK: bool, keys that are no padding; at least one in each row.
         directions_md: as :func:`orthogonal_directions` draws them.
     """
+    with torch.autocast(query_BHSd.device.type, enabled=False):  # exponents in bfloat16 would be off by far more
+        return _attention(query_BHSd, key_BHKd, value_BHKd, asked_BK, directions_md)
+
+
+def _attention(
+    query_BHSd: Tensor, key_BHKd: Tensor, value_BHKd: Tensor, asked_BK: Tensor, directions_md: Tensor
+) -> Tensor:
     scale = query_BHSd.shape[-1] ** -0.25
     wide = torch.promote_types(query_BHSd.dtype, torch.float32)
     directions = directions_md.to(query_BHSd.device, wide)

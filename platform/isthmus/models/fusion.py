@@ -125,7 +125,7 @@ def initialise(*parts: nn.Module) -> None:
 
 def load_bert(
     text: TextEncoder,
-    fusion: FusionEncoder,
+    fusion: FusionEncoder | None,
     head: LanguageHead | None,
     config: FusionConfig,
     bert: Mapping[str, object],
@@ -135,7 +135,7 @@ def load_bert(
     prediction head that the weights lack, stay as they are.
 
     Args:
-        text, fusion, head: fresh ones.
+        text, fusion, head: fresh ones; None is left out.
         config: their shape.
         bert: the BERT configuration's values (``hidden_size`` and so on).
         state: its tensors under BERT's own names.
@@ -146,12 +146,13 @@ def load_bert(
     check_bert(config, bert)
     source = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
     target = dict(text.named_parameters())
-    for i, layer in enumerate(fusion.layers):
+    for i, layer in enumerate(fusion.layers if fusion is not None else ()):
         target |= {f"layers.{config.text_layers + i}.{name}": p for name, p in layer.named_parameters()}
     if head is not None:
         target |= {f"lm_head.{name}": p for name, p in head.named_parameters() if name != "words"}
     with torch.no_grad():
-        for theirs, ours in bert_names(config.text_layers + config.fusion_layers, head=head is not None).items():
+        layers = config.text_layers + (config.fusion_layers if fusion is not None else 0)
+        for theirs, ours in bert_names(layers, head=head is not None).items():
             if theirs not in source:
                 if theirs.startswith("cls."):
                     continue

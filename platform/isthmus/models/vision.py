@@ -40,12 +40,27 @@ class VisionSpec:
     Attributes:
         tokens: N. width: D. image_size: pixels of the square input.
         transform: pixels as the encoder's training saw them.
+        prefix: so many first tokens are no patches: a class token, registers. class_token: the first of them is one.
     """
 
     tokens: int
     width: int
     image_size: int
     transform: ImageTransform
+    prefix: int
+    class_token: bool
+
+    def require_class_token(self, field: str) -> None:
+        """Refuses an option that takes the first token for a class token where it is none.
+
+        Raises:
+            ConfigError: the encoder has none, or its tokens are averaged.
+        """
+        if not self.class_token:
+            raise ConfigError(
+                f"{field} is true, and the first of the image encoder's tokens is no class token.",
+                f"Leave {field} out; or name an encoder that has one, such as a vision transformer, with pool: none.",
+            )
 
 
 class VisionEncoder(nn.Module):
@@ -53,15 +68,15 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         base: source and digest of the weights, taken before batch norms are folded.
-        width, tokens, image_size, transform: as in :class:`VisionSpec`.
+        width, tokens, image_size, transform, prefix: as in :class:`VisionSpec`.
     """
 
     def __init__(self, model: nn.Module, config: VisionConfig, spec: VisionSpec, *, fold: bool = True) -> None:
         super().__init__()
         freeze_all(model)
         self.base = Base("vision", config.weights, state_digest(model))
-        self.width, self.tokens, self.image_size, self.transform = (
-            spec.width, spec.tokens, spec.image_size, spec.transform,
+        self.width, self.tokens, self.image_size, self.transform, self.prefix = (
+            spec.width, spec.tokens, spec.image_size, spec.transform, spec.prefix,
         )  # fmt: skip
         encode = partial(_tokens, config=config)
         self.model = fold_batchnorm(model, encode, spec.image_size) if fold else model
@@ -121,7 +136,15 @@ def describe_vision(config: VisionConfig) -> VisionSpec:
     with torch.device("meta"):
         model, encode, size = outline_vision(config)
         tokens_BND = encode(torch.zeros(1, 3, size, size))
-    return VisionSpec(int(tokens_BND.shape[1]), int(tokens_BND.shape[2]), size, _transform(model, config, size))
+    prefix = int(getattr(model, "num_prefix_tokens", 0)) if config.pool == "none" else 0
+    return VisionSpec(
+        int(tokens_BND.shape[1]),
+        int(tokens_BND.shape[2]),
+        size,
+        _transform(model, config, size),
+        prefix=prefix,
+        class_token=prefix > 0 and getattr(model, "cls_token", None) is not None,
+    )
 
 
 def outline_vision(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor], int]:
@@ -259,7 +282,7 @@ def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
     if pixels.ndim == 4:
         tokens_BND: Tensor = encoder(pixels)
         return tokens_BND
-    tokens_BND = encoder(pixels.flatten(0, 1)).mean(1)
+    tokens_BND = encoder(pixels.flatten(0, 1))[:, getattr(encoder, "prefix", 0) :].mean(1)
     return tokens_BND.unflatten(0, pixels.shape[:2])
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.alignment.cka import linear_cka
 from isthmus.alignment.curate import CHOICE, CurateReport, curate
-from isthmus.alignment.features import CaptionEncoder
+from isthmus.alignment.features import CaptionEncoder, cut_warning
 from isthmus.alignment.prototypes import Prototypes, prototypes
 from isthmus.alignment.select import select
 from isthmus.alignment.topk import Collector, assign
@@ -107,6 +107,18 @@ def test_curation_is_a_full_sort_resumes_and_leaves_a_data_set(
     page = Path(write_curation_page(report)).read_text()
     assert "Coverage" in page and page.count("<svg") == 3 and "moon" in page
     assert json.loads((tmp_path / "a" / "curation.json").read_text())["digest"] == report.digest
+
+
+def test_captions_that_are_longer_than_the_encoder_reads_are_told(
+    data: Manifest, text: TextConfig, tmp_path: Path
+) -> None:
+    file, short = str(tmp_path / "classes.parquet"), text.model_copy(update={"max_length": 4})
+    assert cut_warning(data, text, 0) is None
+    said = cut_warning(data, short, 0)
+    assert said is not None and f"{SAMPLES} of {SAMPLES} sampled captions are longer than 4 tokens" in said
+    prototypes(PrototypesConfig(out=file, text=short, classes=CLASSES))
+    report = curate(CurateConfig(data=data.root, prototypes=file, text=short, out=str(tmp_path / "a"), chunk=36))
+    assert report.warnings == (said,) and "longer than 4 tokens" in Path(write_curation_page(report)).read_text()
 
 
 def test_selection_compares_what_the_encoders_make_and_keeps_it(

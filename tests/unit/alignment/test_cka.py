@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from isthmus.alignment import cka
-from isthmus.alignment.cka import Covariance, Gram, hsic, linear_cka, linear_gram, rbf_gram, similarity
+from isthmus.alignment.cka import BLOCK, Covariance, Gram, hsic, linear_cka, linear_gram, rbf_gram, similarity
 from isthmus.errors import DataError
 
 
@@ -103,6 +105,16 @@ def test_float32_features_are_summed_in_float64() -> None:
     x += 1e3
     found = linear_cka(x.astype(np.float32), y.astype(np.float32))
     assert found == pytest.approx(linear_cka(x, y), abs=1e-4)
+
+
+def test_the_covariance_form_holds_a_block_at_a_time() -> None:
+    x, y = (normal(16 * BLOCK, 8).astype(np.float32) for _ in range(2))
+    one, other = Covariance(x), Covariance(y)
+    tracemalloc.start()
+    one.inner(other)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * BLOCK * 8 * 8, "of 32 such blocks"
 
 
 def test_too_few_or_equal_samples_are_refused() -> None:

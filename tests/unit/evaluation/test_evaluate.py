@@ -290,6 +290,8 @@ def test_generation_settings_reach_the_model(tmp_path: Path) -> None:
 
 
 def test_labels_in_the_samples_are_the_classes(tmp_path: Path) -> None:
+    numbers = scored(described(tmp_path / "n", [{"label": n} for n in range(7)]), "classification")
+    assert (numbers["images"], numbers["classes"]) == (7, 7), "0 is a class"
     folder = described(tmp_path / "labels", [{"label": f"number {n}"} for n in range(7)])
     result = scored(folder, "classification", classification={"templates": ["picture {}"]})
     assert (result["top_1"], result["top_5"], result["mean_per_class_recall"]) == (1.0, 1.0, 1.0)

@@ -104,6 +104,13 @@ def test_every_pair_is_ranked_by_matching_alone_where_there_is_no_contrast(folde
             run(model, data, *tasks, **options)
 
 
+def test_negatives_are_not_mined_without_a_contrast(folder: Path, data: Path) -> None:
+    model = co_optimised(folder, "matching alone, judged", alpha=0.0, beta=0.0)
+    for negatives in ("auto", "mined"):
+        with pytest.raises(ConfigError, match="without a contrast"):
+            run(model, data, "matching", matching={"negatives": negatives})
+
+
 def test_all_is_the_number_of_candidates(folder: Path, data: Path) -> None:
     model = co_optimised(folder, "co-optimised", gamma=3.0)
     every, counted, plain = (run(model, data, "retrieval", rerank=k) for k in ("all", COUNT, 0))

@@ -41,6 +41,7 @@ def test_dynamic_average_is_the_published_formula() -> None:
     powers = [math.exp(r / 2) for r in rates]
     expected = [2 * p / sum(powers) for p in powers]
     assert dynamic_weights([1.0, 2.0], [0.5, 3.0], 2.0) == pytest.approx(expected)
+    assert dynamic_weights([0.0, 1.0], [1.0, 1.0], 1e-3) == [2.0, 0.0], "no overflow"
     average = DynamicAverage(2, 2.0)
     history = {0: [(0.8, 1.0), (1.2, 3.0)], 1: [(0.5, 3.0)], 2: [(9.0, 9.0)]}
     found, step = {}, 0

@@ -128,13 +128,25 @@ def test_a_loss_left_out_of_a_step_still_gives_a_zero_gradient(folder: Path) -> 
     assert seen == [plain | {"itm", "rel", "mlm"}, plain, plain | {"itm", "rel"}, plain | {"mlm"}]
 
 
-@pytest.mark.parametrize("left_out", ["loc", "rel", "itm", "mlm", "loc rel itm mlm"])
+def test_the_fusion_encoder_may_wait_for_masked_words_alone(folder: Path) -> None:
+    """Pairs are judged by the relational head, which reads nothing that is fused."""
+    stage = build(recipe("guided", folder, weights=GuidedWeights(itm=0.0), mlm_every=2))
+    for step in (0, 1):
+        stage.module.zero_grad()
+        stage.module.train()(batch(stage, samples(stage, 4), step)).total.backward()
+        found = {name: p.grad for name, p in stage.module.named_parameters() if p.requires_grad}
+        assert all(grad is not None for grad in found.values())
+        assert any(bool(g.any()) for n, g in found.items() if n.startswith("streams.fusion.")) == (step == 0)
+
+
+@pytest.mark.parametrize("left_out", ["loc", "rel", "itm", "mlm", "itm mlm", "loc rel itm mlm"])
 def test_a_loss_without_weight_leaves_no_parameters_behind(folder: Path, left_out: str) -> None:
     gone = dict.fromkeys(left_out.split(), 0.0)
     stage = build(recipe("guided", folder, weights=GuidedWeights(**gone)))
     terms = stage.module(batch(stage, samples(stage, 4)))
     terms.total.backward()
     assert all(p.grad is not None for p in stage.module.parameters() if p.requires_grad)
+    assert (stage.module.streams.fusion is None) == ({"itm", "mlm"} <= set(gone)), "nothing reads what is fused"
     assert set(terms.parts) == set(stage.references(4)) == {"itc", "loc", "rel", "itm", "mlm"} - set(gone)
     if "itm" in gone:
         with pytest.raises(ConfigError, match="no matching head"):

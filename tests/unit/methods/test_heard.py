@@ -62,7 +62,9 @@ def test_a_frame_is_the_mean_of_its_patches() -> None:
     stage = build(heard_recipe("video-audio"), with_vision=True)
     encoder, pixels = stage.module.vision, torch.randn(2, 3, 3, 32, 32)
     tokens = encode_pixels(encoder, pixels)
-    torch.testing.assert_close(tokens[1, 2], encoder(pixels[1, 2:3])[0].mean(0), rtol=1e-4, atol=1e-5)
+    alone = encoder(pixels[1, 2:3])[0]
+    assert encoder.prefix == 1, "a class token, which is no patch"
+    torch.testing.assert_close(tokens[1, 2], alone[1:].mean(0), rtol=1e-4, atol=1e-5)
 
 
 @BOTH

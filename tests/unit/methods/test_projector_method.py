@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from isthmus.config import load_run
 from isthmus.contracts import BuildContext
+from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS, method_configs
 from isthmus.methods import projector as projector_method
+from isthmus.methods.guided_config import GuidedConfig
 from isthmus.methods.projector import ProjectorConfig
 from isthmus.models import projector as projector_model
 from isthmus.models.projector import HeadProjector, ImageProjector, TextProjector, TokenProjector
 from isthmus.models.vision import describe_vision
+from isthmus.testing.backbones import tiny_cnn_config, tiny_vision_config
 from method_cases import batch, build, recipe, samples
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -144,6 +148,28 @@ def test_the_class_token_has_its_own_projector_and_no_part_in_the_mean() -> None
     projector = ImageProjector(8, 6, 0.0, pool_first=False, class_token=True).eval()
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(projector(x), projector.tokens(x[:, 1:]).mean(1) + projector.class_token(x[:, 0]))
+
+
+def test_a_class_token_is_one_that_the_encoder_has(folder: Path) -> None:
+    assert build(recipe("projector", folder, class_token=True)).module.image_projector.class_token is not None
+    averaged = tiny_vision_config().model_copy(update={"pool": "mean"})
+    for vision in (averaged, tiny_cnn_config()):
+        with pytest.raises(ConfigError, match=r"method\.class_token is true, and the first"):
+            build(recipe("projector", folder, class_token=True, vision=vision))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature_range": (0.5, 0.001)}, "the smaller first"),
+        ({"temperature_range": (0.0, 0.5)}, "above 0"),
+        ({"temperature": 0.9}, "temperature 0.9 lies outside"),
+    ],
+)
+def test_a_temperature_that_cannot_be_held_is_refused(options: dict[str, object], said: str) -> None:
+    for config in (ProjectorConfig, GuidedConfig):
+        with pytest.raises(ValidationError, match=said):
+            config(**options)
 
 
 def test_the_temperature_is_held_but_can_return(folder: Path) -> None:

@@ -15,6 +15,7 @@ from isthmus.methods.interchange.to_hf import export_hf
 from isthmus.methods.parts import VisionNorm, thinned
 from isthmus.models.compression import drop_frozen
 from isthmus.models.freezing import owned_state
+from isthmus.testing.backbones import tiny_cnn_config
 from method_cases import QFORMER, batch, build, moved, recipe, run_config, samples
 
 METHODS = ("blip2_stage1", "blip2_stage2")
@@ -51,6 +52,13 @@ def test_the_queries_read_fewer_tokens_and_images_do_not_depend_on_texts(folder:
     torch.testing.assert_close(stage.module.embed_images(made.features_BND), alone)
     stage.module(made).total.backward()
     assert all(p.grad is not None for p in stage.module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_token_that_the_encoder_has_not_is_refused(method: str, folder: Path) -> None:
+    drop = QFORMER.model_copy(update={"compression": TokenDropConfig(class_token=True)})
+    with pytest.raises(ConfigError, match=r"qformer\.compression\.class_token is true"):
+        build(recipe(method, folder, qformer=drop, vision=tiny_cnn_config()))
 
 
 def test_what_is_like_the_class_token_stays_and_the_rest_is_one_mean() -> None:

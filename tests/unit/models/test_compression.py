@@ -148,13 +148,38 @@ def test_attention_that_is_read_is_the_block_s_own() -> None:
     model = whole_model(VisionConfig(name="vit_tiny_patch16_224", weights="random", image_size=32)).eval()
     x, block = torch.randn(2, 5, 192), model.blocks[3]
     with torch.no_grad():
-        seen, image_BN, _ = attend_and_score(block, x, 1, None)
+        seen, image_BN, _ = attend_and_score(block, x, 1, True, None)
         assert torch.equal(seen, block.attn(block.norm1(x)))
         query, key, _ = block.attn.qkv(block.norm1(x)).reshape(2, 5, 3, 3, 64).permute(2, 0, 3, 1, 4)
         weights = (query @ key.transpose(2, 3) / 8).softmax(-1)
     torch.testing.assert_close(image_BN, weights[:, :, 0, 1:].mean(1))
-    bare = attend_and_score(block, x, 0, None)[1]  # no class token: what all tokens look at
+    bare = attend_and_score(block, x, 0, False, None)[1]  # no class token: what all tokens look at
     torch.testing.assert_close(bare, weights.mean((1, 2)))
+    registers = attend_and_score(block, x, 2, False, None)[1]  # two that neither ask nor are asked for
+    torch.testing.assert_close(registers, weights[:, :, 2:, 2:].mean((1, 2)))
+
+
+def test_registers_are_no_class_token() -> None:
+    vision = VisionConfig(name="vit_medium_patch16_reg4_gap_256", weights="random", image_size=64, options={"depth": 3})
+    spec, config = describe_vision(vision), CompressionConfig(layers=(0,), keep=(0.5,))
+    assert (spec.prefix, spec.class_token, spec.tokens) == (4, False, 20)
+    module = upper_transformer(config, whole_model(vision), -4, spec.tokens).eval()
+    with torch.no_grad():
+        seen = module(torch.randn(2, 20, 512))
+    assert seen.tokens_BSC.shape[1] == 4 + 8 + 1
+    assert torch.equal(seen.pooled, seen.tokens_BSC[:, 4:].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"preset": "elip", "balance": 1.0}, "balance has no say"),
+        ({"preset": "evit", "class_mix": 0.0}, "class_mix is of look_ahead"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        CompressionConfig(**options)
 
 
 def test_what_cannot_be_compressed_is_refused() -> None:
@@ -177,7 +202,7 @@ def planted(module: Any, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(1, 1 + TOKENS, WIDTH)
     block = module.blocks[1]
     with torch.no_grad():
-        scores = attend_and_score(block, x, 1, None)[1][0]
+        scores = attend_and_score(block, x, 1, True, None)[1][0]
         worst = int(scores.argmin())
         x[:, [1 + worst, 1 + number]] = x[:, [1 + number, 1 + worst]]
         key = block.attn.qkv(block.norm1(x))[0, 1 + number, WIDTH : 2 * WIDTH]

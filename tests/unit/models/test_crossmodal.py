@@ -85,6 +85,14 @@ def test_a_pair_without_keys_sees_nothing_and_has_finite_gradients(name: str) ->
     assert all(torch.isfinite(x.grad).all() for x in (query, key, value))
 
 
+def test_favor_is_computed_in_float32_whatever_autocast_says() -> None:
+    query, key, value = heads(S, 0), heads(K, 1), heads(K, 2)
+    drawn = orthogonal_directions(64, D, 0)
+    plain_BHSd = favor_attention(query, key, value, whole(K), drawn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(favor_attention(query, key, value, whole(K), drawn), plain_BHSd)
+
+
 def test_favors_error_falls_as_one_over_the_root_of_its_features() -> None:
     query, key, value = heads(S, 0) / 2, heads(K, 1) / 2, heads(K, 2)  # long ones need far more features
     exact = plain(query, key, value)
