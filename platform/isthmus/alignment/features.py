@@ -92,6 +92,8 @@ def weights_fact(weights: str) -> str:
 
 def fixed_rows(column: pa.ChunkedArray) -> np.ndarray:
     """A column of lists of equal length as [rows, length]."""
+    if not len(column):
+        return np.empty((0, 0), np.float32)
     flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
     return flat.to_numpy().reshape(len(column), -1)
 

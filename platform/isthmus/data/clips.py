@@ -37,6 +37,7 @@ class ClipTransform:
         frames: T.
         seconds: of the sound and of the clip.
         drawn: whether times and crops are drawn, by the seed that is given.
+        sees, hears: which of the two :meth:`arrays` reads; a sample may lack the other.
     """
 
     image: ImageTransform
@@ -44,6 +45,8 @@ class ClipTransform:
     frames: int = 8
     seconds: float = 10.0
     drawn: bool = False
+    sees: bool = True
+    hears: bool = True
 
     @property
     def size(self) -> int:
@@ -72,7 +75,8 @@ class ClipTransform:
         Raises:
             DecodeError: what is seen or what is heard is not there, above a limit or damaged.
         """
-        return {"pixels_CHW": self.seen(raw.image, raw.kind, seed), **self.heard(raw.image, raw.kind, raw.sound)}
+        found: dict[str, Any] = {"pixels_CHW": self.seen(raw.image, raw.kind, seed)} if self.sees else {}
+        return found | (self.heard(raw.image, raw.kind, raw.sound) if self.hears else {})
 
     def seen(self, data: bytes, kind: str, seed: int = 0, limits: Limits = LIMITS) -> np.ndarray:
         """float32 [T, 3, H, W] of a clip, [3, H, W] of an image."""
@@ -108,8 +112,9 @@ class ClipTransform:
 
     @property
     def digest(self) -> str:
-        """sha256 of what decides the arrays."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 of what decides the arrays; not which of them are read."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("sees", "hears")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _times(self, seconds: float, random: np.random.Generator | None) -> list[float]:
         part = min(seconds, self.seconds) / self.frames
@@ -120,6 +125,11 @@ class ClipTransform:
 def clip_transform(transform: Any) -> ClipTransform | None:
     """``transform`` where it takes clips and sounds; None where it takes images alone."""
     return transform if isinstance(transform, ClipTransform) else None
+
+
+def image_transform(transform: Any) -> Any:
+    """That of a single image or frame: a clip's, or ``transform`` itself."""
+    return transform.image if isinstance(transform, ClipTransform) else transform
 
 
 def picture_of(raw: RawSample, at_least: int | None = None) -> Image.Image:

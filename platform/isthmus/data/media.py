@@ -97,7 +97,7 @@ def read_sound(
         codec = _allowed(stream, what)
         if not 0 < codec.sample_rate <= limits.rate or not 0 < codec.channels <= limits.channels:
             raise DecodeError(f"the {what} of {codec.sample_rate} Hz and {codec.channels} channels is not read")
-        said = _said(container, stream)
+        said = _said(container, stream, data)
         _within(said, limits, what)
         wanted = None if seconds is None else round(seconds * rate)
         sound_S, whole = _samples(container, stream, rate, wanted, round(limits.seconds * rate), what)
@@ -142,7 +142,8 @@ def read_frames(
         if shown is None:
             raise DecodeError("no frame of the clip can be decoded")
         images += [_image(shown)] * (len(wanted) - len(images))
-    return images, seconds
+    # Recordings of calls change their size on the way; one crop has to fit all frames.
+    return [image if image.size == images[0].size else image.resize(images[0].size) for image in images], seconds
 
 
 def clip_header(data: bytes, limits: Limits = LIMITS) -> Header:
@@ -169,7 +170,7 @@ def _measure(data: bytes, limits: Limits) -> tuple[float, float]:
             raise DecodeError("the clip has no area")
         if codec.width * codec.height > limits.pixels:
             raise _too_wide(codec.width, codec.height, limits)
-        said = _said(container, stream)
+        said = _said(container, stream, data)
         _within(said, limits, "clip")
         first, last, count = None, 0.0, 0
         for packet in container.demux(stream):
@@ -221,11 +222,26 @@ def _allowed(stream: Any, what: str) -> Any:
     return codec
 
 
-def _said(container: Any, stream: Any) -> float | None:
-    """Seconds that the header names, or None."""
+def _said(container: Any, stream: Any, data: bytes) -> float | None:
+    """Seconds that the header names of this track, or None where it names none.
+
+    Matroska names those of the whole file, which another track may fill alone; its end is checked to the byte. For an
+    MP3 without a header frame FFmpeg multiplies the first frame's bit rate by the bytes: a guess.
+    """
+    if "matroska" in container.format.name or (container.format.name == "mp3" and not _counts_its_frames(data)):
+        return None
     if stream.duration is not None and stream.time_base:
         return float(stream.duration * stream.time_base)
     return None if container.duration is None else container.duration / 1e6
+
+
+def _counts_its_frames(data: bytes) -> bool:
+    """Whether an MP3's first frame is a header with their number (Xing's, LAME's or Fraunhofer's)."""
+    start = 0
+    if data[:3] == b"ID3" and len(data) > 10:  # a length of four times seven bits
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    first = data[start : start + 1024]
+    return any(mark in first for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def _within(seconds: float | None, limits: Limits, what: str) -> None:

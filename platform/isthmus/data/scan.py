@@ -142,6 +142,7 @@ class _Group:
     texts: dict[str, tuple[int, int, tuple[str, ...]]] = field(default_factory=dict)
     label: tuple[int, int] = (-1, -1)
     image_id: int | None = None
+    asked: bool = False
 
     def add(self, scan: Scan, info: tarfile.TarInfo, extension: str, handle: Sequential) -> None:
         kind = _kind(extension)
@@ -171,6 +172,7 @@ class _Group:
                 found, meta = parse_captions(handle.read(info.size), kind)
                 self.texts[kind] = (info.offset_data, info.size, found)
                 self.image_id = image_id(meta.get("image_id")) if kind == "json" else self.image_id
+                self.asked = self.asked or bool(meta.get("questions"))
             except ValueError as error:
                 scan.report(info.offset, self.key, str(error))
 
@@ -181,9 +183,9 @@ class _Group:
             scan.report(self.offset, self.key, "the sample has no image")
             return
         kind = next((k for k in TEXT_KINDS if k in self.texts and self.texts[k][2]), "")
-        # What is heard is matched with what is seen; such samples need no words.
-        heard = self.sound is not None or self.image[2] in VIDEO_KINDS
-        if need_captions and not kind and not heard:
+        # What is heard is matched with what is seen, and questions bring their own words.
+        wordless = self.sound is not None or self.image[2] in VIDEO_KINDS or self.asked
+        if need_captions and not kind and not wordless:
             scan.report(self.offset, self.key, "the sample has no caption (.txt, .caption, or .json with 'caption')")
             return
         text = self.texts.get(kind, (-1, -1, ()))

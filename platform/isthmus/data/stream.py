@@ -72,7 +72,7 @@ def train_batches(
     sets = Sets(tuple(Manifest.load(one.url) for one in data.sets))
     heard = clip_transform(stage.transform)
     for manifest, samples in zip(sets.manifests, order.sizes, strict=True):
-        _check_samples(manifest, samples, captions=heard is None)
+        _check_samples(manifest, samples, captions=heard is None and not stage.needs_questions)
     if rank == 0:
         warn_of_repeats(data, order)
     steps = range(start_step, stop_step)
@@ -89,6 +89,11 @@ def train_batches(
         raise DataError(
             "data.shuffled_pairs exchanges captions, and this recipe pairs sounds with what is seen.",
             "Leave it out; benchmarks/video_audio.py has the control for sounds.",
+        )
+    if data.shuffled_pairs and stage.needs_questions:
+        raise DataError(
+            "data.shuffled_pairs exchanges captions, and this recipe reads questions.",
+            "Leave it out: the share of the commonest answer is what a control would reach.",
         )
     if data.shuffled_pairs:
         source = with_others_captions(source, order, rank, world, seed, captions_of)

@@ -12,7 +12,7 @@ from isthmus import storage
 from isthmus.data.assembly import GROUP_ROWS, Assembly
 from isthmus.data.listing import HEADER_FILE
 from isthmus.data.manifest import Manifest, digest_of, header_of, write
-from isthmus.data.records import IMAGE_ID_COLUMN, SCHEMA
+from isthmus.data.records import IMAGE_ID_COLUMN, SCHEMA, schema_of
 from isthmus.data.uris import store_of
 from isthmus.errors import DataError
 
@@ -44,7 +44,7 @@ def write_subset(manifest: Manifest, rows: Sequence[int] | np.ndarray, out: str)
         for first in range(0, len(chosen), GROUP_ROWS):
             table.append(_renumbered(manifest.take(chosen[first : first + GROUP_ROWS]), kept))
         table.complete()
-        digest = digest_of(shards, table.column)
+        digest = digest_of(shards, table.column, table.sounds > 0)
         places = sorted({*manifest.places, *manifest.images_from} - {store_of(out)})
         header = header_of(shards, table.rows, digest, images_from=places if table.names_files else ())
         write(out, table, header | {"subset_of": {"url": _absolute(manifest.root), "digest": manifest.digest}})
@@ -67,4 +67,4 @@ def _renumbered(table: pa.Table, kept: np.ndarray) -> pa.Table:
     table = table.set_column(at, SCHEMA.field("shard"), pa.array(shard, pa.int32()))
     if IMAGE_ID_COLUMN not in table.column_names:
         table = table.append_column(SCHEMA.field(IMAGE_ID_COLUMN), pa.nulls(len(table), pa.int64()))
-    return table.cast(SCHEMA)
+    return table.select(schema_of(table.column_names).names).cast(schema_of(table.column_names))

@@ -228,6 +228,13 @@ def _log(config: EvaluateConfig, version: ModelVersion, figures: dict[str, float
     if run_id is None:
         log.info("%s is a bare folder without a tracked run: the figures are not logged.", version.uri)
         return
-    uri = store.tracking_uri(config.tracking)
+    uri, tasks = store.tracking_uri(config.tracking), "-".join(config.tasks)
     store.log_metrics(uri, run_id, {f"eval/{name}": value for name, value in figures.items()})
-    store.log_artifacts(uri, run_id, folder, f"evaluation/{'-'.join(config.tasks)}")
+    store.log_artifacts(uri, run_id, folder, f"evaluation/{tasks}")
+    # The model's run shows the newest figures. Those of other data, or ranked in another way, stand below it for good.
+    child = store.start_child(uri, run_id, f"evaluate {tasks}")
+    asked = config.model_dump(mode="json", exclude={"tracking"}, exclude_none=True)
+    store.log_params(uri, child, {name: value for name, value in asked.items() if value not in ("", [], {})})
+    store.log_metrics(uri, child, figures)
+    store.log_artifacts(uri, child, folder)
+    store.end_run(uri, child)

@@ -251,7 +251,12 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
     for task in config.tasks:
         for kind, what in needs[task]:
             model.require(kind, what)
-    placed = {"retrieval": config.rerank != "all", "classification": True, "matching": needs["matching"][1:] != []}
+    placed = {
+        "retrieval": config.rerank != "all",
+        "classification": True,
+        "correspondence": True,
+        "matching": needs["matching"][1:] != [],
+    }
     if not contrasts(model) and (refused := [task for task in config.tasks if placed.get(task)]):
         raise ConfigError(
             f"{model.uri} cannot do {refused[0]} so: it was trained to match pairs, without a contrast.",

@@ -6,13 +6,14 @@ B images, Q query tokens (1 for single-vector methods), E shared embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from isthmus.config import EmbedConfig, anchored
 from isthmus.contracts import Sample
+from isthmus.data.clips import ClipTransform
 from isthmus.data.features import FeatureCache
 from isthmus.data.manifest import Manifest
 from isthmus.data.stream import iter_samples
@@ -150,6 +151,8 @@ class EmbedWork:
         images, others, aside = list[dict[str, Any]](), list[dict[str, Any]](), list[Quarantined]()
         hears = self._engine.hears and self._texts
         transform = self._engine.transform if (self._images or hears) and not self._cache else None
+        if isinstance(transform, ClipTransform):  # a library of silent clips may be searched by sound
+            transform = replace(transform, sees=self._images, hears=hears)
         groups = iter_samples(
             self._manifest, transform=transform, cache=self._cache, rows=list(rows), batch=self._batch
         )

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from isthmus import storage
-from isthmus.config import Config, load_config, read_yaml
+from isthmus.config import Config, absolute, load_config, read_yaml
 from isthmus.errors import ConfigError, nearest
 from isthmus.pipeline.compare import CompareOptions, unknown_steps
 from isthmus.pipeline.console import announce, finished, reused
@@ -102,6 +102,21 @@ def _named(override: str, pipeline: Pipeline) -> str:
     return f"params.{override}" if key in pipeline.params else override
 
 
+def _folder(out: str) -> Path:
+    """Where a pipeline's records and reports go.
+
+    Raises:
+        ConfigError: a URL, or a relative path in a submitted job.
+    """
+    if "://" in out:
+        raise ConfigError(
+            f"'out' of a pipeline is {out}, and its records and reports are files in a folder.",
+            "Give a path that the driver's machine keeps; the trainings' own 'storage' may be a URL.",
+        )
+    absolute("out", out, written=True)  # refuses what a submitted job would lose; a path stays as it was given
+    return Path(out)
+
+
 def _extended(path: Path) -> dict[str, Any]:
     """The file's mapping, laid over that of the pipeline it ``extends``, which stands in the same folder."""
     values = read_yaml(path)
@@ -119,7 +134,7 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool
     """
     pipeline = load_pipeline(path, overrides)
     scope: dict[str, Any] = {**pipeline.params}
-    out = Path(substitute(pipeline.out, scope))
+    out = _folder(substitute(pipeline.out, scope))
     scope["out"] = str(out)
     records = out / "steps"
     records.mkdir(parents=True, exist_ok=True)

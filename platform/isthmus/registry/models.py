@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -128,7 +128,7 @@ def list_models(tracking: TrackingConfig | None = None) -> list[dict[str, Any]]:
     if api is None:
         return []
     rows = []
-    for model in api.search_registered_models():
+    for model in _registered(api):
         versions = api.search_model_versions(f"name = '{model.name}'")
         newest = max((int(v.version) for v in versions), default=0)
         aliases = {alias: str(number) for alias, number in model.aliases.items()}
@@ -185,13 +185,29 @@ def _existing_client(uri: str, model: str | None) -> Any:
     return store.client(uri)
 
 
+def _registered(api: Any) -> Iterator[Any]:
+    """All registered models; MLflow gives a hundred at a time."""
+    token = None
+    while True:
+        page = api.search_registered_models(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def _find(api: Any, name: str, version: str | None, alias: str | None, model: str) -> Any:
     from mlflow.exceptions import MlflowException
 
-    names = [m.name for m in api.search_registered_models()]
-    if name not in names:
+    try:
+        api.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [entry.name for entry in _registered(api)]
         known = f"Known models: {', '.join(sorted(names))}." if names else "No model is registered there yet."
-        raise RegistryError(f"No model is called '{name}' (asked for as {model}).{nearest(name, names)}", known)
+        raise RegistryError(
+            f"No model is called '{name}' (asked for as {model}).{nearest(name, names)}", known
+        ) from None
     try:
         if alias:
             return api.get_model_version_by_alias(name, alias)
@@ -204,7 +220,7 @@ def _find(api: Any, name: str, version: str | None, alias: str | None, model: st
         close = nearest(alias, entry.aliases) if alias else ""
         raise RegistryError(
             f"Model '{name}' has no {asked}.{close}",
-            f"Aliases: {aliases}. Versions: {versions}. Models: {', '.join(sorted(names))}.",
+            f"Aliases: {aliases}. Versions: {versions}.",
         ) from error
 
 

@@ -124,6 +124,14 @@ def start_run(
     return str(run.info.run_id)
 
 
+def start_child(uri: str, parent_id: str, name: str) -> str:
+    """Id of a new run that MLflow shows below ``parent_id``."""
+    api = client(uri)
+    parent = api.get_run(parent_id)
+    run = api.create_run(parent.info.experiment_id, run_name=name, tags={"mlflow.parentRunId": parent_id})
+    return str(run.info.run_id)
+
+
 def _existing_run(api: Any, run_id: str) -> str | None:
     from mlflow.exceptions import MlflowException
 

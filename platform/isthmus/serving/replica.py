@@ -71,16 +71,17 @@ def load_registered(model: str, tracking: TrackingConfig, device: str) -> Loaded
 def capabilities(module: Any, transform: Any = None) -> tuple[str, ...]:
     """What a loaded module can answer over HTTP."""
     sees, hears = isinstance(module, Sees), isinstance(module, Hears)
+    places = getattr(module, "contrasts", True)  # a model of pairs alone has no vectors
     clips = clip_transform(transform)
     moving = hears and clips is not None and clips.modality == "video-audio"
     able = {
         "caption-images": sees and isinstance(module, Captions),
         "take-prompts": sees and takes_prompt(module),
         "answer-questions": sees and isinstance(module, Answers),
-        "embed-images": sees and not moving and (hears or isinstance(module, Embeds)),
-        "embed-clips": sees and moving,
-        "embed-texts": isinstance(module, Embeds),
-        "embed-sounds": hears and clips is not None,
+        "embed-images": places and sees and not moving and (hears or isinstance(module, Embeds)),
+        "embed-clips": places and sees and moving,
+        "embed-texts": places and isinstance(module, Embeds),
+        "embed-sounds": places and hears and clips is not None,
     }
     return tuple(name for name, yes in able.items() if yes)
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from isthmus.contracts import Answers, Batch, Captions, Embeds, Sees, Stage, StageModule
+from isthmus.data.clips import image_transform
 from isthmus.errors import IsthmusError
 
 SIDE, WIDTH, MARGIN, LINE = 160, 720, 12, 18
@@ -135,7 +136,8 @@ def _seen(stage: Stage, batch: Batch, rows: Tensor) -> list[Image.Image | None]:
     assert batch.pixels_BCHW is not None
     pixels_BCHW = batch.pixels_BCHW[rows] if batch.pixels_BCHW.ndim == 4 else batch.pixels_BCHW[rows, 0]
     pixels_BHWC = pixels_BCHW.float().cpu().permute(0, 2, 3, 1).numpy()
-    mean, std = getattr(stage.transform, "mean", None), getattr(stage.transform, "std", None)
+    transform = image_transform(stage.transform)
+    mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
     if mean is not None and std is not None:
         pixels_BHWC = pixels_BHWC * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
     return [Image.fromarray((image.clip(0.0, 1.0) * 255.0).astype(np.uint8)) for image in pixels_BHWC]

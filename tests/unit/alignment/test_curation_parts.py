@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from isthmus.alignment.curate import CurateWork
-from isthmus.alignment.features import CaptionEncoder, TextWork, weights_fact
+from isthmus.alignment.features import CaptionEncoder, TextWork, fixed_rows, weights_fact
 from isthmus.alignment.prototypes import Prototypes, model_space, prototypes, text_space
 from isthmus.alignment.vectors import Embedded, Group, Stored
 from isthmus.config import CurateConfig, PrototypesConfig, TextConfig
@@ -88,6 +88,11 @@ def test_prompts_make_prototypes_as_zero_shot_classifiers_are_made(text: TextCon
     (tmp_path / "names.txt").write_text("cat\n\n dog \ntree\n")
     prototypes(PrototypesConfig(out=out, text=text, class_file=str(tmp_path / "names.txt"), templates=templates))
     np.testing.assert_array_equal(Prototypes.load(out).vectors_KE, found.vectors_KE)
+
+
+def test_a_part_without_rows_has_no_vectors() -> None:
+    column = pa.chunked_array([pa.array([], pa.list_(pa.float32()))])
+    assert fixed_rows(column).shape == (0, 0)
 
 
 def test_labelled_images_make_prototypes(data: Manifest, vectors: str, tmp_path: Path) -> None:

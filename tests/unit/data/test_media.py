@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import struct
 import wave
+from fractions import Fraction
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from isthmus.data.media import Limits, container_of, read_frames, read_sound
 from isthmus.data.transforms import DecodeError
-from isthmus.testing.clips import clip_bytes, sound_bytes
+from isthmus.encoding import encode_clip
+from isthmus.testing.clips import clip_bytes, sound_bytes, tone
 
 RATE = 16_000
 
@@ -24,6 +28,21 @@ def empty_wav() -> bytes:
     sink = io.BytesIO()
     with wave.open(sink, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
+    return sink.getvalue()
+
+
+def mp3_frames(seconds: float, bit_rate: int) -> bytes:
+    """A tone's frames alone, without tag and header frame."""
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp3", options={"write_xing": "0", "id3v2_version": "0"}) as out:
+        stream: Any = out.add_stream("libmp3lame", rate=44_100, layout="mono")
+        stream.bit_rate = bit_rate
+        for start in range(0, round(seconds * 44_100) - 1152, 1152):
+            piece = np.ascontiguousarray(tone(440, seconds, 44_100)[:, start : start + 1152])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44_100, start
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
     return sink.getvalue()
 
 
@@ -67,6 +86,47 @@ def test_a_clip_that_was_cut_is_refused(kind: str, share: float) -> None:
     with pytest.raises(DecodeError, match=r"cut short|no format"):
         read_frames(data, middles(2))
         read_sound(data, RATE, what="clip")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm"])
+@pytest.mark.parametrize("sound_s", [0.6, 2.4])
+def test_tracks_of_different_length_are_whole(kind: str, sound_s: float) -> None:
+    """Matroska's header has the length of the longer one alone."""
+    frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 10, (12, 32, 32, 3))
+    data = encode_clip(kind, frames, 10, tone(440, sound_s))
+    assert read_frames(data, middles(2))[1] == pytest.approx(1.2, abs=0.02)
+    assert len(read_sound(data, RATE, what="clip")) / RATE == pytest.approx(sound_s, abs=0.06)
+
+
+def test_the_length_of_an_mp3_without_a_header_frame_is_not_guessed() -> None:
+    low, high = mp3_frames(0.8, 32_000), mp3_frames(1.6, 160_000)
+    sound_S = read_sound(low + high, RATE, limits=Limits(seconds=3.0))  # a guess from the first frame is eight
+    assert 2.3 < len(sound_S) / RATE < 2.7
+
+
+def test_frames_that_change_their_size_are_brought_to_the_first_one_s() -> None:
+    def encoded(size: int, first: int) -> list[Any]:
+        encoder: Any = av.CodecContext.create("libvpx", "w")
+        encoder.width = encoder.height = size
+        encoder.pix_fmt, encoder.time_base = "yuv420p", Fraction(1, 10)
+        packets = []
+        for n in range(first, first + 4):
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 20 * n, np.uint8), format="rgb24")
+            frame.pts = n
+            packets += encoder.encode(frame)
+        return [*packets, *encoder.encode(None)]
+
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="webm") as out:
+        stream: Any = out.add_stream("libvpx", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for packet in [*encoded(64, 0), *encoded(32, 4)]:
+            packet.stream, packet.time_base = stream, Fraction(1, 10)
+            out.mux(packet)
+    images, _ = read_frames(sink.getvalue(), middles(8))
+    assert {image.size for image in images} == {(64, 64)}
+    assert float(np.asarray(images[-1]).mean()) == pytest.approx(140, abs=5)
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])

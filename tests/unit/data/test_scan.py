@@ -201,3 +201,14 @@ def test_check_after_a_shard_was_cut(tmp_path: Path, end: int) -> None:
     assert f"the content has changed ({end} bytes, {len(whole)} indexed)" in problems[0].reason
     lost = {problem.key for problem in problems if "index it again" in problem.reason}
     assert lost == {f"s0000{n}" for n in range(4)} - ({"s00000"} if end >= 5120 else set())
+
+
+def test_questions_stand_for_a_caption(tmp_path: Path) -> None:
+    asked = json.dumps({"questions": [{"question": "what colour", "answers": ["red"]}]}).encode()
+    members = {"a.png": image_bytes(0), "a.json": asked, "b.png": image_bytes(1), "b.json": b'{"questions": []}'}
+    write_tar(tmp_path / "a.tar", members)
+    report = index(str(tmp_path))
+    assert [problem.key for problem in report.problems] == ["b"], "which has neither"
+    manifest = Manifest.load(str(tmp_path))
+    assert (len(manifest), manifest.captioned) == (1, 0)
+    assert samples_of(tmp_path)[0].meta["questions"][0]["answers"] == ["red"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,12 @@ def test_a_model_s_lineage_says_that_it_is_a_control() -> None:
     found = [("d" * 64, 10)]
     assert data_record(DataConfig(train="x", shuffled_pairs=True), found)["shuffled_pairs"] is True
     assert "shuffled_pairs" not in data_record(DataConfig(train="x"), found)
+
+
+def test_questions_have_no_such_control(tmp_path: Path) -> None:
+    """Their own would be read beside the other's caption, and the model would be marked a control that it is not."""
+    index(str(make_dataset(tmp_path / "asked", SAMPLES, answers=("red", "blue"))))
+    config = DataConfig(train=str(tmp_path / "asked"), shuffled_pairs=True)
+    stage = replace(make_stage(), needs_questions=True)
+    with pytest.raises(DataError, match="exchanges captions, and this recipe reads questions"):
+        list(train_batches(config, stage, Order(SAMPLES, BATCH, seed=1), 0, 1, 0, 1, SEED, lambda f: None))

@@ -15,7 +15,8 @@ from isthmus.data.readers import RawSample, read_rows
 from isthmus.data.subset import write_subset
 from isthmus.errors import DataError
 from isthmus.testing.backbones import tiny_vision_config
-from isthmus.testing.shards import make_dataset, make_parquet
+from isthmus.testing.clips import make_heard_images
+from isthmus.testing.shards import image_bytes, make_dataset, make_parquet, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,20 @@ def test_a_cache_of_the_whole_set_serves_its_subset_and_no_other(whole: Manifest
         FeatureCache.open(
             str(tmp_path / "cache"), expect={"manifest_digest": Manifest.load(str(tmp_path / "other")).digests}
         )
+
+
+@pytest.mark.parametrize("rows", [[1, 4], [1, 6], [6, 7]])
+def test_sounds_come_along(rows: list[int], tmp_path: Path) -> None:
+    """Of a set in which some samples have one: all chosen do, some, none."""
+    make_heard_images(tmp_path / "data", 6)
+    silent = {f"{n}.{kind}": data for n in "ab" for kind, data in (("png", image_bytes(0)), ("txt", b"a dog"))}
+    write_tar(tmp_path / "data" / "silent.tar", silent)
+    index(str(tmp_path / "data"))
+    heard = Manifest.load(str(tmp_path / "data"))
+    subset = write_subset(heard, rows, str(tmp_path / "out"))
+    found = list(read_rows(subset, range(len(rows)), sounds=True))
+    assert [raw.sound for raw in found] == [raw.sound for raw in read_rows(heard, rows, sounds=True)]
+    assert check(str(tmp_path / "out")).ok
 
 
 def test_what_is_no_choice_is_refused(whole: Manifest, tmp_path: Path) -> None:

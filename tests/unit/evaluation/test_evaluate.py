@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from isthmus.inference.caption import CaptionWork
 from isthmus.inference.commits import Job, Ledger, chunks
 from isthmus.inference.embed import EmbedWork
 from isthmus.inference.engine import Engine, Generation
+from isthmus.registry.store import client, start_run
 from isthmus.testing.shards import image_bytes, make_dataset, write_tar
 
 TRANSFORM = ImageTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -446,3 +448,18 @@ def test_missing_and_doubled_rows_of_a_worker_are_refused(data: Path, loaded: Lo
     silent = Loaded(loaded.version, Silent(loaded.module.known).eval(), TRANSFORM)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="gave 3 texts for 4 prompts"):
         evaluate(config(data, tasks=("captioning",)), loaded=silent)
+
+
+def test_the_tracking_server_keeps_each_evaluation(data: Path, loaded: Loaded, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = start_run(uri, "isthmus", "trained")
+    tracked = replace(loaded, version=replace(loaded.version, lineage={"run_id": run_id}))
+    found = [
+        evaluate(config(data, limit=limit, tracking={"uri": uri}), loaded=tracked)["tr_mean_rank"] for limit in (5, 6)
+    ]
+    api = client(uri)
+    below = api.search_runs([api.get_run(run_id).info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    kept = {run.data.params["limit"]: run.data.metrics["tr_mean_rank"] for run in below}
+    assert kept == {"5": found[0], "6": found[1]}
+    assert all(run.info.status == "FINISHED" and run.data.params["data"] == str(data) for run in below)
+    assert api.get_run(run_id).data.metrics["eval/tr_mean_rank"] == found[1], "the newest"

@@ -15,7 +15,7 @@ from isthmus.data.readers import read_rows
 from isthmus.errors import ConfigError
 from isthmus.inference.embed import SOUNDS, EmbedWork
 from isthmus.inference.engine import Engine
-from isthmus.testing.clips import clip_bytes, make_clips, make_heard_images
+from isthmus.testing.clips import clip_bytes, make_clips, make_heard_images, sound_bytes
 from isthmus.testing.shards import write_tar
 from method_cases import build, moved
 
@@ -54,6 +54,18 @@ def test_what_cannot_be_heard_is_set_aside_with_its_reason(tmp_path: Path) -> No
     assert [row["key"] for row in done.table.to_pylist()] == ["a"]
     assert [row["key"] for row in done.extras[SOUNDS].to_pylist()] == ["a"]
     assert [(q.key, q.reason) for q in done.quarantined] == [("b", "the clip has no sound track")]
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_side_that_is_not_asked_for_is_not_missed(images: bool, tmp_path: Path) -> None:
+    """Silent clips have vectors to be searched by sound; a broken frame does not silence a sound file."""
+    files = {"a.mp4": clip_bytes(hertz=None)} if images else {"a.mp4": clip_bytes()[:900], "a.wav": sound_bytes()}
+    write_tar(tmp_path / "shard-00000.tar", files)
+    index(str(tmp_path))
+    work = EmbedWork(engine_of("video-audio"), Manifest.load(str(tmp_path)), None, 2, images=images, texts=not images)
+    done = work.process([0])
+    assert not done.quarantined and [row["key"] for row in done.table.to_pylist()] == ["a"]
+    assert list(done.extras) == ([] if images else [SOUNDS])
 
 
 def test_captions_are_refused_with_what_the_model_is_for() -> None:

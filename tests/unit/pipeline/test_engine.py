@@ -136,3 +136,14 @@ def test_a_pipeline_that_extends_another_changes_what_it_names(tmp_path, calls):
     longer.write_text("extends: p.yaml\nname: longer\nparams: {extra: 1}\n")
     pipeline = load_pipeline(longer, ["seed=9"])
     assert (pipeline.name, pipeline.params, len(pipeline.steps)) == ("longer", {"seed": 9, "extra": 1}, 2)
+
+
+def test_records_are_files_of_a_folder_that_stays(tmp_path, calls, monkeypatch):
+    with pytest.raises(ConfigError, match=r"'out' of a pipeline is s3://bucket/x"):
+        run_pipeline(pipeline_file(tmp_path), ["out=s3://bucket/x"])
+    scratch = tmp_path / "runtime_resources" / "working_dir_files" / "job"
+    scratch.mkdir(parents=True)
+    monkeypatch.chdir(scratch)
+    with pytest.raises(ConfigError, match="a folder that Ray deletes"):
+        run_pipeline(pipeline_file(tmp_path), ["out=runs/x"])
+    assert not calls and not list(scratch.iterdir())

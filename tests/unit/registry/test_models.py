@@ -25,7 +25,7 @@ from isthmus.registry import (
     start_run,
     tracking_uri,
 )
-from isthmus.registry.store import log_metrics, log_params
+from isthmus.registry.store import client, log_metrics, log_params
 
 
 def write_artefact(folder: Path, content: bytes = b"weights") -> Path:
@@ -90,6 +90,19 @@ def test_registering_the_same_bytes_again_makes_no_new_version(shop) -> None:
     again = register(root / "artefact2", "bridge", "again", entry["run_id"], uri=uri, lineage={})
     assert again.version == "2"
     assert list_models(tracking)[0]["versions"] == 2
+
+
+def test_a_registry_may_hold_more_models_than_one_page(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = start_run(uri, "isthmus", "many")
+    for number in range(102):
+        client(uri).create_registered_model(f"a{number:03d}")
+    register(write_artefact(tmp_path / "artefact"), "zebra", "candidate", run_id, uri=uri, lineage={})
+    tracking = TrackingConfig(uri=uri)
+    assert resolve("models:/zebra@candidate", tracking).version == "1"
+    assert len(list_models(tracking)) == 103
+    with pytest.raises(RegistryError, match=r"Did you mean 'zebra'\?"):
+        resolve("models:/zebr@candidate", tracking)
 
 
 def test_promote_moves_the_alias_and_show_tells_what_is_known(shop) -> None:

@@ -63,6 +63,20 @@ def test_a_model_that_answers_is_asked_and_a_caption_is_refused() -> None:
     assert isinstance(refused, Refusal) and "answers questions" in refused.message
 
 
+def test_a_model_of_pairs_alone_offers_no_vectors() -> None:
+    class Pairs(Model):
+        contrasts = False
+
+        def embed_images(self, features_BND: Tensor) -> Tensor:
+            raise AssertionError
+
+        def embed_texts(self, texts: Sequence[str]) -> Tensor:
+            raise AssertionError
+
+    able = capabilities(Pairs())
+    assert "caption-images" in able and not any(name.startswith("embed") for name in able)
+
+
 def test_a_model_without_prompts_refuses_one_before_it_joins_a_batch() -> None:
     """Or one client's text would fail the captions of all who share its batch."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from heard_cases import heard_recipe, heard_samples
 from isthmus.contracts import Batch, Stage
 from isthmus.methods import METHODS
 from isthmus.training.samples import SIDE, Pair, contact_sheet, draw, own_captions
@@ -66,6 +67,20 @@ def test_padding_is_not_shown_and_images_are_as_the_model_saw_them(tmp_path: Pat
     assert shown[20, 20].tolist() == pytest.approx([127, 127, 127], abs=1)
     assert len(range(0, shown.shape[0] - SIDE, SIDE)) >= 5
     assert sheet["json"].count(b'"id"') == 5, "seven rows, two of them padding"
+
+
+def test_frames_of_clips_are_shown_in_their_own_colours() -> None:
+    stage = build(heard_recipe("video-audio"), with_vision=True)
+    grey = np.full((4, *stage.transform.seen_shape), 0.5, np.float32)
+    mean, std = (
+        np.asarray(v, np.float32).reshape(3, 1, 1) for v in (stage.transform.image.mean, stage.transform.image.std)
+    )
+    found = replace(
+        batch(stage, heard_samples(stage, 4)), features_BND=None, pixels_BCHW=torch.from_numpy((grey - mean) / std)
+    )
+    sheet = contact_sheet(stage, found, 4, data="", autocast=None, whole=False)
+    with Image.open(io.BytesIO(sheet["png"])) as image:
+        assert np.asarray(image)[20, 20].tolist() == pytest.approx([127, 127, 127], abs=1)
 
 
 def test_a_sheet_without_an_image_or_a_caption_is_drawn_all_the_same() -> None:
