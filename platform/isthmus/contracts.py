@@ -347,6 +347,11 @@ class Captions(Protocol):
         ...
 
 
+def contrasts(module: object) -> bool:
+    """Whether a module places what it embeds in one space; see :class:`Embeds`."""
+    return bool(getattr(module, "contrasts", True))
+
+
 def takes_prompt(module: object) -> bool:
     """Whether captions (or answers) of a module may be asked for with a text."""
     return isinstance(module, Answers) or (isinstance(module, Captions) and getattr(module, "takes_prompt", True))

@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from isthmus import storage
 from isthmus.config import VisionConfig
+from isthmus.config.differences import vision_differences
 from isthmus.contracts import Sample
 from isthmus.data.clips import ClipTransform
 from isthmus.data.manifest import Manifest
@@ -304,23 +305,9 @@ def read_meta(url: str) -> CacheMeta:
     return meta
 
 
-def vision_differences(meta: CacheMeta, vision: VisionConfig, whose: str, *, but: Sequence[str] = ()) -> str:
-    """In which settings the encoder of a cache is another than ``vision``, which is ``whose``; "" when in none.
-
-    Args:
-        but: names of settings that are left out.
-    """
-    made = VisionConfig(**meta.vision)
-    pairs = {
-        name: (getattr(made, name), getattr(vision, name)) for name in VisionConfig.model_fields if name not in but
-    }
-    return ", ".join(
-        f"{name}: cache {own!r}, {whose} {other!r}" for name, (own, other) in pairs.items() if own != other
-    )
-
-
 def _check_vision(cache: FeatureCache, vision: VisionConfig | None) -> None:
-    if vision and (shown := vision_differences(cache.meta, vision, "model", but=("weights",))):
+    made = VisionConfig(**cache.meta.vision)
+    if vision and (shown := vision_differences(made, vision, ("cache", "model"), but=("weights",))):
         raise DataError(
             f"The feature cache {cache.url} is not of the encoder that the model was trained on ({shown}).",
             "Build one for this model in another folder with `isthmus data cache`.",

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from isthmus.config import EvaluateConfig
+from isthmus.contracts import contrasts
 from isthmus.data.parallel import store_environment
 from isthmus.errors import DataError, IsthmusError
 from isthmus.evaluation.model import Loaded
 from isthmus.evaluation.sources import Source, open_source
-from isthmus.evaluation.work import Order, Part, Worker, check, contrasts, tokenizers
+from isthmus.evaluation.work import Order, Part, Worker, check, tokenizers
 from isthmus.progress import progress
 
 MAX_DEATHS = 3  # of one evaluation: then it is the machine
@@ -45,7 +46,7 @@ class About:
 def about(model: Loaded) -> About:
     """What is recorded of ``model``."""
     prompt = str(getattr(model.module, "own_prompt", ""))
-    return About(model.uri, tokenizers(model), model.bases, prompt, contrasts(model))
+    return About(model.uri, tokenizers(model), model.bases, prompt, contrasts(model.module))
 
 
 class Runner(Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isthmus.config import EvaluateConfig
-from isthmus.contracts import Answers, Captions, Embeds, Hears, Judges, Matches, Sample
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Judges, Matches, Sample, contrasts
 from isthmus.data.prefetch import map_ahead
 from isthmus.data.readers import Failure
 from isthmus.errors import ConfigError, DataError
@@ -138,7 +138,7 @@ class Worker:
             part.sounds = module.embed_sounds(*self.model.sounds([sample for _, sample, _ in good])).float().cpu()
         elif kind in ("embed", "embed_images"):
             module = self._module(Embeds, "embedding")
-            alike = not contrasts(self.model)  # then all have one vector, and matching alone ranks them
+            alike = not contrasts(self.model.module)  # then all have one vector, and matching alone ranks them
             part.images = torch.ones(len(good), 1, 1) if alike else module.embed_images(features_BND).float().cpu()
             if kind == "embed":
                 part.texts = self._embed_captions(part, alike)
@@ -257,7 +257,7 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
         "correspondence": True,
         "matching": needs["matching"][1:] != [],
     }
-    if not contrasts(model) and (refused := [task for task in config.tasks if placed.get(task)]):
+    if not contrasts(model.module) and (refused := [task for task in config.tasks if placed.get(task)]):
         raise ConfigError(
             f"{model.uri} cannot do {refused[0]} so: it was trained to match pairs, without a contrast.",
             "Retrieval goes with rerank: all, on few enough images; matching with the data's own negatives.",
@@ -268,11 +268,6 @@ def check(model: Loaded, config: EvaluateConfig) -> None:
         )
     if config.text_max_length and isinstance(model.module, Embeds) and not _takes_length(model.module):
         raise ConfigError(f"{model.uri} fixes the length of its texts by its recipe.", "Leave text_max_length out.")
-
-
-def contrasts(model: Loaded) -> bool:
-    """Whether the model places images and texts in one space; see Embeds."""
-    return bool(getattr(model.module, "contrasts", True))
 
 
 def _takes_length(module: Embeds) -> bool:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.config import MethodConfig, RunConfig
+from isthmus.config.differences import vision_differences
 from isthmus.contracts import BuildContext, Stage
 from isthmus.errors import ConfigError
-
-SEEN_OTHERWISE = ("name", "options", "layer", "final_norm", "pool")
-"""What makes of an image encoder's weights another encoder. Another ``image_size`` is what fine-tuning may want."""
 
 
 def same_method(config: Any, parent: RunConfig | None) -> Any:
@@ -27,13 +25,16 @@ def same_method(config: Any, parent: RunConfig | None) -> Any:
             f"The parent is a '{parent.method.name}' model, and a '{config.name}' run goes on from none of those.",
             f"Name a '{config.name}' model as parent, or leave parent out.",
         )
-    ours, theirs = getattr(config, "vision", None), getattr(parent.method, "vision", None)
-    for field in SEEN_OTHERWISE if ours is not None else ():
-        if (here := getattr(ours, field)) != (there := getattr(theirs, field)):
-            raise ConfigError(
-                f"method.vision.{field} is {here!r}, and the parent's {there!r}.",
-                "Copy the parent's section 'vision': what it has learnt is of that encoder.",
-            )
+    ours: Any = getattr(config, "vision", None)
+    theirs: Any = getattr(parent.method, "vision", None)
+    # Another size in pixels is what fine-tuning may want; whether the weights are the same, their digest tells.
+    if ours is not None and (
+        shown := vision_differences(theirs, ours, ("parent", "recipe"), but=("image_size", "weights"))
+    ):
+        raise ConfigError(
+            f"method.vision is another encoder than the parent's ({shown}).",
+            "Copy the parent's section 'vision': what it has learnt is of that encoder.",
+        )
     return config
 
 

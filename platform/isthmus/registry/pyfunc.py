@@ -39,13 +39,13 @@ class IsthmusModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined
             if "image" in given and able[Answers]:
                 if "text" not in given:
                     raise ValueError("This model answers questions: give them in a column 'text'.")
-                return module.answer(module.encode_images(self._images(given["image"])), given["text"])
+                return module.answer(self._images(given["image"]), given["text"])
             if "image" in given and able[Captions]:
-                return module.generate(module.encode_images(self._images(given["image"])), **(params or {}))
+                return module.generate(self._images(given["image"]), **(params or {}))
             if "image" in given and (able[Embeds] or able[Hears]):
-                return self._rows(module.embed_images(module.encode_images(self._images(given["image"]))))
+                return self._rows(module.embed_images(self._images(given["image"])))
             if "clip" in given and able[Hears]:
-                return self._rows(module.embed_images(module.encode_images(self._clips(given["clip"]))))
+                return self._rows(module.embed_images(self._clips(given["clip"])))
             if "sound" in given and able[Hears]:
                 return self._rows(module.embed_sounds(*self._sounds(given["sound"])))
             if "text" in given and able[Embeds]:
@@ -61,17 +61,22 @@ class IsthmusModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined
         from isthmus.data.transforms import decode_image
 
         transform = image_transform(self.artefact.stage.transform)
-        return self._stack([transform(decode_image(data)) for data in images])
+        return self._features([transform(decode_image(data)) for data in images])
 
     def _clips(self, clips: list[bytes]) -> Any:
         transform: Any = self.artefact.stage.transform
-        return self._stack([transform.seen(data, "mp4") for data in clips])
+        return self._features([transform.seen(data, "mp4") for data in clips])
 
     def _sounds(self, sounds: list[bytes]) -> tuple[Any, Any]:
         transform: Any = self.artefact.stage.transform
         heard = [transform.listen(data) for data in sounds]
         values, mask = (self._stack([one[name] for one in heard]) for name in ("audio_NF", "audio_mask_N"))
         return values, mask.long()
+
+    def _features(self, pixels: list[Any]) -> Any:
+        """The frozen encoder's tokens."""
+        module: Any = self.artefact.stage.module
+        return module.encode_images(self._stack(pixels))
 
     def _stack(self, arrays: list[Any]) -> Any:
         import torch

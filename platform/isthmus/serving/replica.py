@@ -20,8 +20,8 @@ from ray import serve
 from torch import Tensor
 
 from isthmus.config import ServeConfig, TrackingConfig
-from isthmus.contracts import Answers, Captions, Embeds, Hears, Sees, takes_prompt
-from isthmus.data.clips import ClipTransform, clip_transform
+from isthmus.contracts import Answers, Captions, Embeds, Hears, Sees, contrasts, takes_prompt
+from isthmus.data.clips import ClipTransform, clip_transform, image_transform
 from isthmus.data.media import Limits
 from isthmus.errors import ConfigError
 from isthmus.serving.answers import Caption, Card, Refusal, Vector
@@ -71,7 +71,7 @@ def load_registered(model: str, tracking: TrackingConfig, device: str) -> Loaded
 def capabilities(module: Any, transform: Any = None) -> tuple[str, ...]:
     """What a loaded module can answer over HTTP."""
     sees, hears = isinstance(module, Sees), isinstance(module, Hears)
-    places = getattr(module, "contrasts", True)  # a model of pairs alone has no vectors
+    places = contrasts(module)  # a model of pairs alone has no vectors
     clips = clip_transform(transform)
     moving = hears and clips is not None and clips.modality == "video-audio"
     able = {
@@ -250,11 +250,9 @@ def count_tokens(module: Any, text: str) -> int:
 def _decode(image: bytes, max_pixels: int, transform: Callable[[Any], np.ndarray]) -> np.ndarray | Refusal:
     from isthmus.data.transforms import DecodeError, decode_image
 
-    clips = clip_transform(transform)
+    make: Callable[[Any], np.ndarray] = image_transform(transform)
     try:
-        if clips is not None:
-            return clips.image(decode_image(image, max_pixels=max_pixels))
-        return transform(decode_image(image, max_pixels=max_pixels))
+        return make(decode_image(image, max_pixels=max_pixels))
     except DecodeError as error:
         return Refusal(f"The image cannot be used: {str(error).strip().rstrip('.')}.", "invalid_image")
 

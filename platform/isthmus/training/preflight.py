@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus import storage
 from isthmus.config import RunConfig, SetConfig, VisionConfig, load_run, to_yaml
+from isthmus.config.differences import vision_differences
 from isthmus.contracts import Base, ModelVersion
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.ray_session import joins_cluster
@@ -179,7 +180,6 @@ def _cached_encoder(run: RunConfig, digests: Sequence[str], parent: ModelVersion
 
 
 def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, parent: ModelVersion | None) -> None:
-    from isthmus.data.features import vision_differences
     from isthmus.data.manifest import Manifest
 
     field = "data.mixture" if run.data.mixture else "data.cache"
@@ -187,7 +187,7 @@ def _check_cache(run: RunConfig, data: SetConfig, meta: CacheMeta, digest: str, 
     if meta.manifest_digest != digest and meta.manifest_digest not in Manifest.load(data.url, verify=False).digests:
         raise DataError(f"The feature cache {data.cache} was made of other data than {data.url}.", mend)
     wanted = getattr(run.method, "vision", None)
-    if wanted is not None and (shown := vision_differences(meta, wanted, "recipe")):
+    if wanted is not None and (shown := vision_differences(VisionConfig(**meta.vision), wanted, ("cache", "recipe"))):
         raise DataError(
             f"The feature cache {data.cache} was made with another encoder than method.vision ({shown}).", mend
         )

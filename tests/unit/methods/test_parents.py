@@ -78,6 +78,6 @@ def test_parents_of_another_method_or_encoder_are_refused_before_anything_starts
         spec.resolve(config, run_config(recipe(other, folder)))
     vision: VisionConfig = config.vision  # type: ignore[attr-defined]
     deeper = config.model_copy(update={"vision": vision.model_copy(update={"layer": vision.layer - 1})})
-    with pytest.raises(ConfigError, match=r"method\.vision\.layer is"):
+    with pytest.raises(ConfigError, match=r"another encoder than the parent's \(layer: parent"):
         spec.resolve(config, run_config(deeper))
     assert spec.resolve(config, run_config(config)) == config
