@@ -23,6 +23,9 @@ from training_cases import losses, worker_of
 pytestmark = pytest.mark.timeout(600)
 # Steep, so that larger steps blow up rounding: a small random language model, a choice among tokens.
 LR = {"blip2_stage2": 5e-4, "guided": 1e-3}
+EPS = 1e-6
+"""Above the rounding of gradients: with torch's 1e-8, Adam makes whole steps of a gradient that is nothing else, and
+which elements have such a gradient depends on the machine."""
 
 
 def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
@@ -34,7 +37,7 @@ def run(root: str, method: str, stage: int, steps: int) -> RunConfig:
             "data": {"train": f"{root}/data", "max_cut_share": 1.0, "captions": "first"},
             "train": {
                 "steps": steps, "global_batch": 8, "lr": LR.get(method, 5e-3), "log_every": 1,
-                "checkpoint_every": steps, "precision": "fp32", "gradient_checkpointing": stage in (2, 3),
+                "checkpoint_every": steps, "precision": "fp32", "eps": EPS, "gradient_checkpointing": stage in (2, 3),
                 "micro_batch": 3 if stage == 2 else None,
             },
             "zero": {"stage": stage},
@@ -113,9 +116,9 @@ def test_zero_stages_give_one_trajectory(method: str, made: Made) -> None:
         found = load_file(root / "runs" / f"{method}-{stage}" / "artefact" / "model.safetensors")
         assert found.keys() == expected.keys()
         for name, value in found.items():
-            if name.endswith("key.bias"):  # softmax cannot see it: its gradient is rounding, which Adam scales up
-                continue
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # Softmax cannot see a key's bias: its gradient is rounding, of which Adam makes small steps.
+            atol = 1e-4 if name.endswith("key.bias") else 1e-5
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

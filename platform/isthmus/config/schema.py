@@ -14,6 +14,8 @@ from isthmus.errors import nearest
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Of a running mean."""
 Precision = Literal["fp32", "bf16", "auto"]
 Source = Annotated[str, Place()]
 Output = Annotated[str, Place(written=True)]
@@ -246,7 +248,12 @@ class TrainConfig(Config):
     )
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = Field(
+        1e-8,
+        description="AdamW's epsilon: parameters whose gradients are smaller than it hardly move; 1e-6 keeps gradients "
+        "that are mere rounding from being scaled up to whole steps",
+    )
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0 clips nothing")
     precision: Precision = Field("auto", description="auto: bf16 where the hardware has it, else fp32")
     micro_batch: Positive | None = Field(

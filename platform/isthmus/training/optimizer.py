@@ -6,10 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from isthmus.config import TrainConfig
 from isthmus.errors import ConfigError, nearest
+
+
+def adamw(module: nn.Module, train: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
+    """torch's AdamW over the trained parameters of ``module``, in the groups of :func:`parameter_groups`.
+
+    Raises:
+        ConfigError: ``train.lr_scale`` names no trained parameter.
+    """
+    groups = parameter_groups(module, train.weight_decay, train.lr_scale)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused)
 
 
 def parameter_groups(

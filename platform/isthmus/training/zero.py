@@ -16,7 +16,7 @@ from torch import nn
 from isthmus.config import RunConfig
 from isthmus.contracts import Batch, LossTerms
 from isthmus.models.freezing import owned_parameters
-from isthmus.training.optimizer import parameter_groups
+from isthmus.training.optimizer import adamw
 
 LARGEST_BUCKET = 500_000_000
 """Elements of DeepSpeed's buckets by default. On an accelerator they are allocated whole, and twice where reduction
@@ -93,12 +93,7 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
     if not cuda:
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on the first start; gloo serves as well
     _rebind_forward(module, device.type if precision == "bf16" else None)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, run.train.weight_decay, run.train.lr_scale),
-        lr=run.train.lr,
-        betas=run.train.betas,
-        fused=cuda or run.zero.offload_optimizer == "cpu",
-    )
+    optimizer = adamw(module, run.train, fused=cuda or run.zero.offload_optimizer == "cpu")
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     config = engine_config(run, world=torch.distributed.get_world_size(), cuda=cuda, trained=trained)
     engine, *_ = deepspeed.initialize(

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from isthmus.config import TrainConfig
 from isthmus.errors import ConfigError
-from isthmus.training.optimizer import learning_rate, parameter_groups
+from isthmus.training.optimizer import adamw, learning_rate, parameter_groups
 
 
 class Toy(nn.Module):
@@ -34,6 +35,25 @@ def test_one_dimensional_parameters_and_biases_are_not_decayed_and_frozen_ones_a
 
 def test_no_empty_group_is_handed_to_the_optimizer() -> None:
     assert [g["name"] for g in parameter_groups(nn.LayerNorm(4), 0.05)] == ["no_decay"]
+
+
+def test_an_epsilon_above_the_rounding_of_gradients_keeps_adam_from_whole_steps() -> None:
+    moved = {}
+    for eps in (1e-8, 1e-6):
+        toy = Toy()
+        train = TrainConfig(steps=1, lr=0.5, weight_decay=0.0, betas=(0.8, 0.9), eps=eps)
+        optimizer = adamw(toy, train, fused=False)
+        toy.queries.grad = torch.full_like(toy.queries, 1e-9)
+        optimizer.step()
+        assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+        moved[eps] = float(toy.queries.abs().max())
+    assert moved == pytest.approx({1e-8: 0.5 * 1e-9 / 1.1e-8, 1e-6: 0.5 * 1e-9 / 1.001e-6}, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": 0.0}])
+def test_moments_that_adam_cannot_keep_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        TrainConfig(steps=1, **wrong)
 
 
 def test_a_part_of_the_model_may_learn_more_slowly() -> None:
