@@ -8,16 +8,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from isthmus.config.base import Config
 from isthmus.config.evaluation import ClassificationConfig
-from isthmus.config.schema import (
-    Fraction,
-    MaybeSource,
-    Output,
-    Positive,
-    Source,
-    TextConfig,
-    TrackingConfig,
-    VisionConfig,
-)
+from isthmus.config.fields import Fraction, MaybeSource, Output, Positive, Source
+from isthmus.config.parts import TextConfig, VisionConfig
+from isthmus.config.run import TrackingConfig
 
 
 def _last_state(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isthmus.config.schema import VisionConfig
+from isthmus.config.parts import VisionConfig
 
 
 def vision_differences(

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from isthmus.config.base import Config
-from isthmus.config.schema import MaybeOutput, MaybeSource, Positive, Source, TrackingConfig
+from isthmus.config.fields import MaybeOutput, MaybeSource, Positive, Source
+from isthmus.config.run import TrackingConfig
 
 Task = Literal["retrieval", "captioning", "vqa", "classification", "matching", "correspondence"]
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from isthmus.config.base import Config, MethodConfig
-from isthmus.config.schema import RunConfig
+from isthmus.config.run import RunConfig
 from isthmus.errors import ConfigError, nearest
 
 C = TypeVar("C", bound=Config)

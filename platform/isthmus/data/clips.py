@@ -89,12 +89,12 @@ class ClipTransform:
         if is_clip:
             images, _ = read_frames(data, lambda seconds: self._times(seconds, random), limits=limits)
         else:
-            images = [decode_image(data, at_least=self.size)]
+            images = [decode_image(data, at_least=self.image.least_side)]
         crop = self.image.draw(images[0].size, seed) if random is not None else None
         out_TCHW = np.empty((len(images), 3, self.size, self.size), np.float32)
         for image, out_CHW in zip(images, out_TCHW, strict=True):
             pixels_HWC = self.image.resized(image, crop.box if crop else None)
-            self.image.normalised(crop.mirrored(pixels_HWC) if crop else pixels_HWC, out_CHW)
+            self.image.normalised(crop.finish(pixels_HWC) if crop else pixels_HWC, out_CHW)
         return out_TCHW if is_clip else out_TCHW[0]
 
     def heard(self, data: bytes, kind: str, sound: bytes | None, limits: Limits = LIMITS) -> dict[str, np.ndarray]:
@@ -114,6 +114,7 @@ class ClipTransform:
     def digest(self) -> str:
         """sha256 of what decides the arrays; not which of them are read."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("sees", "hears")}
+        facts["image"] = self.image.facts
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _times(self, seconds: float, random: np.random.Generator | None) -> list[float]:

@@ -63,7 +63,7 @@ class Plan:
         seed: of the augmentation.
         augment: (PIL image, seed) -> float32 [3, H, W], or uint8 [H, W, 3] where ``pixels`` is given; or a
             :class:`ClipTransform`, which takes a whole sample.
-        size: pixels of the augmented image, which lets JPEGs be decoded at a fraction of their size.
+        size: pixels that :func:`decode_image` has to leave (``at_least``).
         environment: variables to lay over the process's own.
         deadly: manifest rows that are not decoded, since that ends the process.
         pixels: finishes what ``augment`` gives; None where that is float already.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,8 +71,8 @@ class TrainingPixels:
             return self.transform.resized(image)
         crop = self.transform.draw(image.size, seed)
         if self.resize == "torch" and self.transform.interpolation in _TORCH:
-            return crop.mirrored(resized_by_torch(image, crop.box, self.transform.size, self.transform.interpolation))
-        return crop.mirrored(self.transform.resized(image, crop.box))
+            return crop.finish(resized_by_torch(image, crop.box, self.transform.size, self.transform.interpolation))
+        return crop.finish(self.transform.resized(image, crop.box))
 
     def finish(self, pixels: Sequence[np.ndarray | None], memory: BatchMemory | None = None) -> np.ndarray:
         """float32 [B, 3, S, S] of B such images, in memory that is used again where some is given."""
@@ -89,7 +89,12 @@ def training_pixels(stage: Stage, data: DataConfig) -> TrainingPixels | None:
     transform: Any = stage.transform
     if not isinstance(transform, ImageTransform) or (data.augment and stage.augment != transform.augment):
         return None
-    return TrainingPixels(transform, data.augment, data.resize)
+    return TrainingPixels(drawing(transform, data), data.augment, data.resize)
+
+
+def drawing(transform: ImageTransform, data: DataConfig) -> ImageTransform:
+    """The transform with crops, flips and changes as the recipe has them drawn; evaluation pixels stay the same."""
+    return replace(transform, crop_scale=data.crop, flip=data.flip, rand_augment=data.rand_augment)
 
 
 def resized_by_torch(image: Image.Image, box: Box, size: int, interpolation: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from isthmus.data.mixture import warn_of_repeats
 from isthmus.data.on_ray import rows_on_ray
 from isthmus.data.order import SampleOrder
 from isthmus.data.parallel import ray_is_up, store_environment
-from isthmus.data.pixels import BatchMemory, training_pixels
+from isthmus.data.pixels import BatchMemory, drawing, training_pixels
 from isthmus.data.prefetch import ahead, map_ahead
 from isthmus.data.quarantine import FailureBudget
 from isthmus.data.questions import with_questions
@@ -206,13 +206,15 @@ def _image_rows(
     seed: int,
     encoding: Encoding | None,
 ) -> tuple[Iterable[LocalRows], Sample]:
-    size = int(stage.image_spec["image_size"])
+    side = size = int(stage.image_spec["image_size"])
     pixels = training_pixels(stage, data)
+    if pixels is not None and data.augment:
+        side = pixels.transform.least_side
     augment: Any = pixels or (stage.augment if data.augment else Unaugmented(stage.transform))
     clips = clip_transform(stage.transform)
     if clips is not None:
-        augment = clips.augmenting if data.augment else clips
-    plan = Plan(sets.named, order, rank, world, seed, augment, size, environment=store_environment(), pixels=pixels)
+        augment = replace(clips.augmenting, image=drawing(clips.image, data)) if data.augment else clips
+    plan = Plan(sets.named, order, rank, world, seed, augment, side, environment=store_environment(), pixels=pixels)
     blank = _blank(clips, size)
     if encoding is not None:
         shape = (int(stage.image_spec["tokens"]), int(stage.image_spec["width"]))

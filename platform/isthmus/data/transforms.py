@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from isthmus.data.randaugment import Change, changed, draw_changes
 
 MAX_PIXELS = 40_000_000
 """Larger images are refused from their header: a small file can name a size that exhausts the memory."""
@@ -147,14 +150,16 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """What was drawn for a training image: the part that is kept, and whether it is mirrored left to right."""
+    """What was drawn for a training image: the part that is kept, whether it is mirrored left to right, and how it is
+    changed then."""
 
     box: Box
     mirror: bool
+    changes: tuple[Change, ...] = ()
 
-    def mirrored(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """The crop's pixels, the right way round."""
-        return pixels_HWC[:, ::-1] if self.mirror else pixels_HWC
+    def finish(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        """The resized part's uint8 pixels, mirrored and changed."""
+        return changed(pixels_HWC[:, ::-1] if self.mirror else pixels_HWC, self.changes)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class ImageTransform:
     """Resize, scale to [0, 1], normalise. Picklable; two equal ones give equal pixels.
 
     Evaluation resizes to size x size without keeping the aspect; training takes a random resized crop and a flip
-    (the seeds' pre-processing: BLIP-2's released configuration).
+    (the seeds' pre-processing: BLIP-2's released configuration), and RandAugment where it is asked for.
 
     Attributes:
         size: pixels of the square output.
@@ -170,6 +175,7 @@ class ImageTransform:
         interpolation: nearest, bilinear, bicubic or lanczos.
         crop_scale: smallest and largest share of the area that a training crop covers.
         flip: whether training mirrors half of the images.
+        rand_augment: number and magnitude (of ten) of RandAugment's operations in training; None: none.
     """
 
     size: int
@@ -178,6 +184,7 @@ class ImageTransform:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
+    rand_augment: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Evaluation pixels, float32 [3, size, size]."""
@@ -186,13 +193,14 @@ class ImageTransform:
     def augment(self, image: Image.Image, seed: int) -> np.ndarray:
         """Training pixels, float32 [3, size, size]; the same for the same image and seed."""
         crop = self.draw(image.size, seed)
-        return self.normalised(crop.mirrored(self.resized(image, crop.box)))
+        return self.normalised(crop.finish(self.resized(image, crop.box)))
 
     def draw(self, size: tuple[int, int], seed: int) -> Crop:
         """The training crop of an image of ``size`` (width, height)."""
         random = np.random.Generator(np.random.Philox(seed & ((1 << 64) - 1)))
         box = _random_box(size, self.crop_scale, random)
-        return Crop(box, self.flip and random.random() < 0.5)
+        mirror = self.flip and random.random() < 0.5
+        return Crop(box, mirror, draw_changes(random, *self.rand_augment) if self.rand_augment else ())
 
     def resized(self, image: Image.Image, box: Box | None = None) -> np.ndarray:
         """``box`` of the image, or all of it, as uint8 [size, size, 3]; pixels around the box count at its edges."""
@@ -210,9 +218,19 @@ class ImageTransform:
         return np.subtract(out_CHW, mean_C11 / std_C11, out=out_CHW)
 
     @property
+    def least_side(self) -> int:
+        """Pixels that ``at_least`` of :func:`decode_image` has to leave, so that small crops too are of real pixels."""
+        return math.ceil(self.size * max(1.0, (0.5 / self.crop_scale[0]) ** 0.5))
+
+    @property
     def digest(self) -> str:
         """sha256 of what decides the evaluation pixels and the crops."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The attributes by name; ``rand_augment``, which came later, only where it is there."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def _random_box(size: tuple[int, int], scale: tuple[float, float], random: np.random.Generator) -> Box:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from isthmus.config.schema import FusionConfig
+from isthmus.config.parts import FusionConfig
 from isthmus.errors import WeightsError
 from isthmus.models.attention import CrossAttention, ImageTokens, KeyValue, SelfAttention
 from isthmus.models.noise import KeyedDropout, subkeys

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import LanguageConfig
+from isthmus.config.parts import LanguageConfig
 from isthmus.contracts import Batch
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models.language_base import IGNORED, FrozenLanguage, LossSum, length_groups, total_loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import LanguageConfig
+from isthmus.config.parts import LanguageConfig
 from isthmus.contracts import Base, Batch
 from isthmus.errors import ConfigError
 from isthmus.losses.language import IGNORED as IGNORED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import TextConfig
+from isthmus.config.parts import TextConfig
 from isthmus.contracts import Base
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models.freezing import freeze_all, state_digest

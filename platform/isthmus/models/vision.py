@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import VisionConfig
+from isthmus.config.parts import VisionConfig
 from isthmus.contracts import Base
 from isthmus.data.transforms import ImageTransform
 from isthmus.errors import ConfigError, WeightsError, nearest

@@ -48,11 +48,15 @@ MAY_GROW = "train.steps"
 
 CAME_LATER = {
     "data.augment": True,
+    "data.crop": [0.5, 1.0],
+    "data.flip": True,
+    "data.rand_augment": None,
     "data.resize": "pillow",
     "data.shuffled_pairs": False,
     "method.language.max_length_of": "caption",
     "method.qformer.compression": None,
     "method.qformer.init_segment": "fold",
+    "train.eps": 1e-8,
     "train.gradient_checkpointing": False,
     "train.micro_batch": None,
     "zero.offload_optimizer": "none",

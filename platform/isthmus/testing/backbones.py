@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import LanguageConfig, TextConfig, VisionConfig
+from isthmus.config.parts import LanguageConfig, TextConfig, VisionConfig
 
 ensure_torchvision()
 from transformers import (  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from isthmus.compat import ensure_torchvision
-from isthmus.config.schema import LanguageConfig
+from isthmus.config.parts import LanguageConfig
 
 ensure_torchvision()
 from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402

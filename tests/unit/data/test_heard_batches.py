@@ -62,6 +62,12 @@ def test_a_batch_is_a_function_of_its_step(clips: Path) -> None:
     assert any(not torch.equal(seen[i], later[i]) for i in seen), "each epoch draws its frames anew"
 
 
+def test_all_frames_of_a_clip_are_drawn_as_the_recipe_says(clips: Path) -> None:
+    plain, changed = (run(clips, range(1), **told)[0][0] for told in ({}, {"rand_augment": (3, 9)}))
+    assert torch.equal(plain.audio_BNF, changed.audio_BNF) and plain.pixels_BCHW.shape == changed.pixels_BCHW.shape
+    assert not torch.equal(plain.pixels_BCHW, changed.pixels_BCHW)
+
+
 def test_a_cache_holds_what_is_read_without_augmentation(clips: Path, tmp_path: Path) -> None:
     for modality, url in (("video-audio", clips), ("image-audio", make_heard_images(tmp_path / "images", CLIPS))):
         index(str(url))

@@ -21,7 +21,7 @@ from isthmus.data.readers import Failure
 from isthmus.data.stream import iter_samples, train_batches
 from isthmus.data.transforms import ImageTransform
 from isthmus.errors import DataError
-from isthmus.testing.shards import make_dataset, write_tar
+from isthmus.testing.shards import image_bytes, make_dataset, write_tar
 
 SIZE = 8
 
@@ -124,6 +124,24 @@ def test_augmentation_differs_between_epochs_and_not_between_runs(dataset: Path)
     assert sum(not torch.equal(by_id[0][i], by_id[1][i]) for i in by_id[0]) >= 8
     again = run(dataset, 10, 10, stop=2, decode_workers=3, prefetch=1)[0]
     assert torch.equal(first.pixels_BCHW, again[0].pixels_BCHW)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_drawn_as_the_recipe_says(tmp_path: Path) -> None:
+    """The widest crop of a square image is all of it, so that without flips nothing is left to chance."""
+    members = [
+        (f"s{n}.{end}", data) for n in range(10) for end, data in (("png", image_bytes(n, (40, 40))), ("txt", b"a"))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    index(str(tmp_path))
+    whole = {"crop": (1.0, 1.0), "resize": "pillow"}
+    plain, same, flipped, changed = (
+        run(tmp_path, 10, 10, stop=1, **told)[0][0].pixels_BCHW
+        for told in ({"augment": False}, {**whole, "flip": False}, whole, {**whole, "rand_augment": (2, 9)})
+    )
+    assert torch.equal(same, plain) and not torch.equal(flipped, plain)
+    turned = [torch.equal(mirrored, image.flip(-1)) for mirrored, image in zip(flipped, plain, strict=True)]
+    assert all(turn or torch.equal(*two) for turn, *two in zip(turned, flipped, plain, strict=True)) and any(turned)
+    assert 0 < sum(torch.equal(*two) for two in zip(changed, flipped, strict=True)) < 10
 
 
 def broken(folder: Path, good: int, bad: int) -> Path:

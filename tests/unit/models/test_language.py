@@ -285,7 +285,7 @@ def test_bounds_and_empty_batches(models):
 
 def test_what_is_no_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    from isthmus.config.schema import LanguageConfig
+    from isthmus.config.parts import LanguageConfig
 
     with pytest.raises(WeightsError, match="cannot be loaded as a causal"):
         build_language(LanguageConfig(weights=str(tmp_path)))

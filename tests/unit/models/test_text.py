@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isthmus.config.schema import TextConfig
+from isthmus.config.parts import TextConfig
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models.text import build_sentence_encoder, load_bert, load_tokenizer
 from isthmus.testing.backbones import tiny_bert, tiny_lm, tiny_t5

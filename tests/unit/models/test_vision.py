@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from isthmus.config.schema import VisionConfig
+from isthmus.config.parts import VisionConfig
 from isthmus.errors import ConfigError, WeightsError
 from isthmus.models import vision
 from isthmus.models.folding import fold_batchnorm
