@@ -234,6 +234,10 @@ class StageModule(nn.Module):
     def load_running_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where :meth:`running_state` was taken."""
 
+    def bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Least and greatest value of parameters by name; the training loop puts them back inside after every step."""
+        return {}
+
     def train(self, mode: bool = True) -> StageModule:
         super().train(mode)
         if mode:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.contracts import Comm
+from isthmus.losses.held import held
 
 Weighting = Literal["fixed", "uncertainty", "dwa"]
 LIMIT = 5.0
@@ -25,11 +26,9 @@ class Uncertainty(nn.Module):
 
     def forward(self, losses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The total, and each loss's weight, detached."""
-        free = self.log_variance.float()
-        # The value is held without cutting its gradient: at a bound, a step back inside stays possible.
-        held = free + (free.clamp(-LIMIT, LIMIT) - free).detach()
-        weights = torch.exp(-held) / 2
-        total = (weights * torch.stack([loss.float() for loss in losses])).sum() + held.sum() / 2
+        log_variance = held(self.log_variance, -LIMIT, LIMIT)
+        weights = torch.exp(-log_variance) / 2
+        total = (weights * torch.stack([loss.float() for loss in losses])).sum() + log_variance.sum() / 2
         return total, weights.detach()
 
 

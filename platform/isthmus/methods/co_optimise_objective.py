@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from isthmus.contracts import Batch, Comm, LossTerms
 from isthmus.losses.contrastive import Contrast, contrast
 from isthmus.losses.counting import GlobalMean
+from isthmus.losses.held import held
 from isthmus.losses.matching import Match, Negatives, matching, mine_negatives
-from isthmus.losses.weighting import DynamicAverage, Uncertainty
+from isthmus.losses.weighting import LIMIT, DynamicAverage, Uncertainty
 from isthmus.methods.co_optimise_config import CoOptimiseConfig
 from isthmus.methods.co_optimise_model import PairModel, Projected, flat, unit
 from isthmus.methods.sides import Side, Tokens
@@ -79,10 +80,16 @@ class CoOptimise(PairModel):
             first, second = (x.padded(self.comm.max(x.values_BND.shape[1])) for x in (first, second))
         return first, second
 
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        found = {}
+        if self.config.alpha > 0:
+            found["logit_scale"] = (-math.inf, math.log(LARGEST_SCALE))
+        if self.uncertainty is not None:
+            found["uncertainty.log_variance"] = (-LIMIT, LIMIT)
+        return found
+
     def _held_scale(self) -> Tensor:
-        # The value is held without cutting its gradient: at the bound, a step back inside stays possible.
-        scale = self.logit_scale.float().exp()
-        return scale + (scale.clamp(max=LARGEST_SCALE) - scale).detach()
+        return held(self.logit_scale, -math.inf, math.log(LARGEST_SCALE)).exp()
 
     def _contrast(self, found: Projected, batch: Batch) -> Contrast:
         return contrast(

@@ -27,6 +27,7 @@ from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import Contrast, contrast, contrast_reference
 from isthmus.losses.counting import GlobalMean
+from isthmus.losses.held import held
 from isthmus.losses.language import language_reference
 from isthmus.losses.local import local_contrast, pair_similarity, relation, relation_reference
 from isthmus.losses.masked import mask_tokens, masked_count, masked_sum
@@ -285,10 +286,12 @@ class Guided(SeeingModule):
     def _negatives(self, itc: Contrast, batch: Batch) -> Negatives:
         return mine_negatives(*itc.to_mine(), batch.valid_B, self.comm, seed=self.seed, step=batch.step)
 
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        learned = ["temperature"] + (["local_temperature"] if self.local_temperature is not None else [])
+        return dict.fromkeys(learned, self.config.temperature_range)
+
     def _held(self, temperature: Tensor) -> Tensor:
-        # The value is held without cutting its gradient: at a bound, a step back inside stays possible.
-        free = temperature.float()
-        return free + (free.clamp(*self.config.temperature_range) - free).detach()
+        return held(temperature, *self.config.temperature_range)
 
     def _facts(self, itc: Contrast, steps: Sequence[Step]) -> dict[str, Tensor]:
         device = self.temperature.device

@@ -23,6 +23,7 @@ from isthmus.config.bounds import check_range
 from isthmus.contracts import Batch, BuildContext, Comm, LossTerms, Reference, Sample, Stage
 from isthmus.data.transforms import clean_caption
 from isthmus.losses.contrastive import contrast, contrast_reference
+from isthmus.losses.held import held
 from isthmus.methods.batching import choose_caption, cut_captions, own_tokenizer, stack
 from isthmus.methods.parts import SeeingModule, in_parts, seeded
 from isthmus.models.noise import batch_keys, number_sites
@@ -172,10 +173,11 @@ class Projector(SeeingModule):
         }
         return LossTerms(found.loss, {"itc": found.loss.detach()}, metrics)
 
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return {"temperature": self.config.temperature_range}
+
     def _held_temperature(self) -> Tensor:
-        # The value is held without cutting its gradient: at a bound, a step back inside stays possible.
-        free = self.temperature.float()
-        return free + (free.clamp(*self.config.temperature_range) - free).detach()
+        return held(self.temperature, *self.config.temperature_range)
 
     def _image_vectors(self, features_BND: Tensor, noise_B: Tensor | None = None) -> Tensor:
         def vectors(features: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import nn
 from isthmus.config import RunConfig
 from isthmus.contracts import Batch, LossTerms
 from isthmus.models.freezing import owned_parameters
+from isthmus.training.held import hold_bounds
 from isthmus.training.optimizer import adamw
 
 LARGEST_BUCKET = 500_000_000
@@ -99,6 +100,7 @@ def build_engine(module: nn.Module, run: RunConfig, device: torch.device, precis
     engine, *_ = deepspeed.initialize(
         model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
+    hold_bounds(engine, optimizer, stage=run.zero.stage)
     return engine
 
 

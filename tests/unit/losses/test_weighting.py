@@ -30,7 +30,7 @@ def test_a_loss_that_vanishes_gains_no_weight_without_end() -> None:
         total.backward()
         optimizer.step()
     assert float(weights[1]) == pytest.approx(math.exp(LIMIT) / 2)
-    assert float(module.log_variance[1]) < -LIMIT  # the parameter is free, the value is held
+    assert float(module.log_variance[1]) < -LIMIT  # a plain loop leaves the parameter free; the value is held
     assert float(weights[0]) == pytest.approx(0.5, abs=1e-3)  # e^-s L = 1 at the least
     module([torch.tensor(1.0), torch.tensor(900.0)])[0].backward()
     assert module.log_variance.grad[1] < 0  # there is a way back

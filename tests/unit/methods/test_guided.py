@@ -190,6 +190,14 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
             load_run(None, values={**values, "method": {"name": "guided", name: section}}, methods=method_configs())
 
 
+def test_both_temperatures_are_bounded(folder: Path) -> None:
+    bounds = build(recipe("guided", folder, temperature_range=(0.01, 0.3))).module.bounds()
+    assert bounds == {"temperature": (0.01, 0.3), "local_temperature": (0.01, 0.3)}
+    alone = build(recipe("guided", folder, weights=GuidedWeights(loc=0.0))).module.bounds()
+    assert alone.keys() == {"temperature"}
+    assert build(recipe("guided_vqa", folder)).module.bounds() == {}
+
+
 def test_it_learns_to_tell_pairs_apart(folder: Path) -> None:
     """Eight pairs, learnt by heart, by every loss."""
     stage = build(recipe("guided", folder))
