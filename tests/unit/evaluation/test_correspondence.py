@@ -97,3 +97,10 @@ def test_models_of_texts_and_tasks_of_texts_are_refused(clips: str, tmp_path: Pa
         asked = EvaluateConfig(model="here", data=clips, tasks=(task,))
         with pytest.raises(ConfigError, match=f"cannot do {task}"):
             evaluate(asked, loaded=loaded)
+
+
+def test_a_model_that_only_matches_has_no_vectors_to_compare(clips: str) -> None:
+    stage = build(heard_recipe("video-audio", alpha=0.0), with_vision=True)
+    loaded = Loaded(ModelVersion("", "", "", "here"), stage.module.eval(), stage.transform)
+    with pytest.raises(ConfigError, match="cannot do correspondence so: it was trained to match pairs"):
+        evaluate(EvaluateConfig(model="here", data=clips, tasks=("correspondence",)), loaded=loaded)
