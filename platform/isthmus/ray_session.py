@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,11 +55,22 @@ def begin(cpus: float = 0) -> bool:
 
     if ray.is_initialized():
         return False
-    if joined:
-        _join()
-    else:
-        _start(max(LOGICAL_CPUS, os.cpu_count() or 1, int(cpus + 4)))
+    with _own_sigterm():
+        if joined:
+            _join()
+        else:
+            _start(max(LOGICAL_CPUS, os.cpu_count() or 1, int(cpus + 4)))
     return not _in_job()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray's core puts a handler of its own over that of SIGTERM, which prints a trace and aborts the process: whatever
+    the process wanted to close stays open. A handler that was there before is there again behind the block."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def end() -> None:

@@ -15,9 +15,13 @@ pytestmark = pytest.mark.ray
 PROGRAM = """
 import json, psutil
 {first}
-import os, ray
+import os, ray, signal
 from isthmus.ray_session import ray_session
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, interrupted)
 with ray_session(cpus=10):
     @ray.remote
     def double(x):
@@ -28,6 +32,10 @@ with ray_session(cpus=10):
     listening = {{c.laddr.ip for p in family for c in p.net_connections() if c.status == "LISTEN"}}
     facts = {{"answer": answer, "cpus": ray.cluster_resources()["CPU"], "listening": sorted(listening)}}
     facts["mode"] = os.environ.get("RAY_AUTH_MODE")
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        facts["interrupted"] = True
 left = [p.name() for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "raylet" in p.name()]
 print(json.dumps(facts | {{"over": not ray.is_initialized(), "left": left}}))
 """
@@ -53,6 +61,7 @@ def test_it_works_listens_on_loopback_alone_and_ends_with_the_command(case: str,
     assert ran.returncode == 0, ran.stderr
     facts = json.loads(ran.stdout.splitlines()[-1])
     assert facts["mode"] == "token"
+    assert facts["interrupted"], "Ray's core would have aborted the process"
     assert (tmp_path / ".ray" / "auth_token").exists()
     assert facts["answer"] == 42
     assert facts["cpus"] >= 14
