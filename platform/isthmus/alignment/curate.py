@@ -26,9 +26,10 @@ from isthmus.alignment.prototypes import Prototypes, model_space, text_space
 from isthmus.alignment.topk import Assignment, Candidates, Collector, assign, best
 from isthmus.alignment.vectors import Embedded, Encoded, Group, Stored, Vectors
 from isthmus.config import CurateConfig, anchored
+from isthmus.data.listing import HEADER_FILE
 from isthmus.data.manifest import Manifest
 from isthmus.data.parallel import map_ordered
-from isthmus.data.subset import write_subset
+from isthmus.data.subset import refuse_to_overwrite, write_subset
 from isthmus.errors import DataError
 from isthmus.inference.bulk import Resources, open_data, run_bulk
 from isthmus.inference.commits import Job, Quarantined, digest_of, parquet_bytes
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 TOP, WORK = "top", "work"
 MERGED = 16  # tables that one task merges
+PAIR_BYTES = 16  # class, id and score of a candidate
+LARGE = 100 * 2**30
 BLOCK = 1 << 20  # ids that are looked up at once
 REPORT, CHOICE = "curation.json", "choice.parquet"
 
@@ -107,10 +110,12 @@ def curate(config: CurateConfig) -> CurateReport:
     manifest, known = open_data(config.data), Prototypes.load(config.prototypes)
     embedded = Embedded.open(config.vectors, config.side) if config.vectors else None
     _check_space(config, known, embedded, manifest)
-    cut = cut_warning(manifest, config.text, seed=0) if config.text is not None else None
-    if cut:
-        log.warning(cut)
+    _check_out(config.out, manifest)
     chunk = embedded.chunk if embedded else config.chunk
+    cut = cut_warning(manifest, config.text, seed=0) if config.text is not None else None
+    said = tuple(one for one in (cut, _space_warning(config, len(manifest), len(known.names), chunk)) if one)
+    for one in said:
+        log.warning(one)
     facts = {
         "manifest": manifest.digest,
         "prototypes": digest_of([known.names, known.vectors_KE.astype(float).tolist()]),
@@ -142,7 +147,7 @@ def curate(config: CurateConfig) -> CurateReport:
         seconds=round(time.monotonic() - started, 2),
         digest=subset.digest,
         classes=tuple(rows),
-        warnings=(cut,) if cut else (),
+        warnings=said,
     )
     if report.chosen + report.passed_over + report.no_candidate + report.unreadable != len(manifest):
         raise DataError(f"The books of {config.out} do not balance.", "This is a fault of the program: report it.")
@@ -159,6 +164,29 @@ def _check_space(config: CurateConfig, known: Prototypes, embedded: Embedded | N
             f"The prototypes in {config.prototypes} and the samples' vectors are of different models.",
             "Their cosines would mean nothing: make both with one model.",
         )
+
+
+def _space_warning(config: CurateConfig, samples: int, classes: int, chunk: int) -> str | None:
+    """A sentence where the candidates that are committed on the way may fill a disk: a chunk knows nothing of the
+    others, so it keeps up to ``top`` of its samples for each class."""
+    of_chunk = min(chunk * min(config.nearest or classes, classes), config.top * classes)
+    most = samples / chunk * of_chunk * PAIR_BYTES
+    if most <= LARGE or config.min_score is not None:
+        return None
+    return (
+        f"Up to {most / 2**40:.1f} TiB of candidates may be kept in {storage.join(config.out, WORK)} while the data "
+        "streams by, and are merged at the end. 'nearest' (say 10) or 'min_score' leaves most of them out."
+    )
+
+
+def _check_out(out: str, manifest: Manifest) -> None:
+    """Refuses a folder that holds something else before anything is scored."""
+    refuse_to_overwrite(out)
+    if not storage.exists(storage.join(out, HEADER_FILE)):
+        return
+    origin = Manifest.load(out, verify=False).subset_of
+    if origin != manifest.digest or not storage.exists(storage.join(out, WORK, "job.json")):
+        raise DataError(f"{out} holds a data set that no curation of this data made.", "Choose another folder.")
 
 
 @dataclass(frozen=True)

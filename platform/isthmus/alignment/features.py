@@ -22,7 +22,8 @@ from isthmus.contracts import Sample
 from isthmus.data.features import FeatureCache, build_cache
 from isthmus.data.manifest import Manifest
 from isthmus.data.stream import iter_samples
-from isthmus.inference.bulk import Resources, run_bulk, split
+from isthmus.errors import DataError
+from isthmus.inference.bulk import Resources, allowance, run_bulk, split
 from isthmus.inference.commits import PARTS, Job, Quarantined, digest_of
 from isthmus.inference.loading import pick_device
 from isthmus.inference.pool import Done
@@ -47,11 +48,23 @@ class Features:
 
 
 def image_features(manifest: Manifest, vision: VisionConfig, config: SelectConfig) -> Features:
-    """The mean over all tokens of each image, the class token among them. Raises as :func:`build_cache`."""
+    """The mean over all tokens of each image, the class token among them.
+
+    Raises:
+        DataError: more images that cannot be decoded than ``max_failed_share`` allows; others as :func:`build_cache`.
+    """
     vision = vision.model_copy(update={"pool": "mean"})
     facts = {"vision": vision.model_dump(mode="json"), "file": weights_fact(vision.weights), "data": manifest.digest}
     out = storage.join(config.out, "vision", digest_of(facts)[:SHOWN])
-    build_cache(manifest.root, out, vision, actors=config.actors, batch=config.batch, dtype="float32")
+    made = build_cache(
+        manifest.root, out, vision, actors=config.actors, batch=config.batch, dtype="float32",
+        cpus=config.cpus_per_actor, gpus=config.gpus_per_actor,
+    )  # fmt: skip
+    if made.failed > (most := allowance(len(manifest), config.max_failed_share)):
+        raise DataError(
+            f"{made.failed} of {len(manifest)} images cannot be decoded, more than max_failed_share allows ({most}).",
+            "`isthmus data check` lists every fault; mend the data or raise max_failed_share.",
+        )
     cache = FeatureCache.open(out)
     ids = np.sort(cache.ids)
     return Features(vision_label(vision), ids, cache.rows(ids)[:, 0])

@@ -22,6 +22,7 @@ from isthmus.alignment.vectors import Embedded, Group, Stored
 from isthmus.config import PrototypesConfig, TextConfig, anchored
 from isthmus.data.labels import label_of
 from isthmus.data.manifest import Manifest
+from isthmus.data.names import read_names
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.errors import ConfigError, DataError
 from isthmus.losses.counting import uniform
@@ -57,8 +58,13 @@ class Prototypes:
             table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
             names = tuple(table["class"].to_pylist())
             vectors = np.array(table["vector"].to_pylist(), np.float32)
-        except (KeyError, ValueError, pa.ArrowException) as error:
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{url} holds no prototypes: {error}.", "It needs the columns class and vector.") from error
+        if vectors.ndim != 2 or not all(isinstance(name, str) and name for name in names):
+            raise DataError(
+                f"{url} holds no prototypes: a class without a name, or a vector that is no list of numbers.",
+                "Its column class is of texts, its column vector of lists that are equally long.",
+            )
         if not names or len(set(names)) < len(names):
             raise DataError(f"{url} holds no class, or one of them twice.", "Give each class one row.")
         facts = json.loads((table.schema.metadata or {}).get(META, b"{}"))
@@ -135,8 +141,7 @@ def model_space(digest: str) -> str:
 def _names(config: PrototypesConfig) -> tuple[str, ...]:
     names = config.classes
     if config.class_file:
-        text = storage.read_bytes(config.class_file).decode()
-        names = tuple(json.loads(text)) if text.lstrip().startswith("[") else tuple(text.splitlines())
+        names = read_names(config.class_file)
     stripped = tuple(name.strip() for name in names or () if name.strip())
     if len(set(stripped)) < len(stripped):
         twice = next(name for name in stripped if stripped.count(name) > 1)

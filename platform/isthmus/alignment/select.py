@@ -21,6 +21,7 @@ from isthmus.data.manifest import Manifest
 from isthmus.data.subset import write_subset
 from isthmus.errors import DataError
 from isthmus.inference.bulk import open_data
+from isthmus.models.vision import describe_vision
 from isthmus.progress import progress
 
 MOST_GRAM = 5000
@@ -85,6 +86,8 @@ def select(config: SelectConfig) -> SelectReport:
     whole = open_data(config.data)
     if whole.captioned < len(whole):
         raise DataError(f"{len(whole) - whole.captioned} samples of {config.data} have no caption.", "Index without.")
+    for vision in config.vision:
+        describe_vision(vision)  # a name that is wrong is told before another encoder has encoded for hours
     sample = draw_sample(whole, config)
     cut = [said for text in config.text if (said := cut_warning(sample, text, config.seed))]
     images = [image_features(sample, vision, config) for vision in config.vision]
@@ -92,6 +95,7 @@ def select(config: SelectConfig) -> SelectReport:
     common = shared_ids([*images, *texts], config.data)
     images, texts = (_taken(side, common) for side in (images, texts))
     rows = compare(images, texts, config)
+    widths = [found.x_ND.shape[1] for found in (*images, *texts)]
     report = SelectReport(
         data=config.data,
         data_digest=whole.digest,
@@ -100,7 +104,7 @@ def select(config: SelectConfig) -> SelectReport:
         samples=len(common),
         seed=config.seed,
         seconds=round(time.monotonic() - started, 2),
-        warnings=(*warnings(rows, [f.x_ND.shape[1] for f in (*images, *texts)]), *cut),
+        warnings=(*_lost(len(sample), len(common)), *warnings(rows, widths), *cut),
         pairs=tuple(rows),
         out=config.out,
     )
@@ -163,6 +167,10 @@ def _first(found: Features, most: int, seed: int) -> np.ndarray:
     if n <= most:
         return found.x_ND
     return found.x_ND[np.random.default_rng(seed).permutation(n)[:most]]
+
+
+def _lost(drawn: int, read: int) -> list[str]:
+    return [] if read == drawn else [f"{drawn - read} of the {drawn} samples drawn could not be read by all encoders."]
 
 
 def warnings(rows: Sequence[PairRow], widths: Sequence[int]) -> list[str]:

@@ -22,6 +22,9 @@ from isthmus.inference.commits import PARTS, QUARANTINE, Quarantined
 from isthmus.inference.embed import TEXTS
 
 GROUP = 4096  # captions that are scored at once
+DECIMALS = 5
+"""Of a score. A product rounds a row by its place in the block, an encoder by the texts beside it: without this, equal
+captions would differ by the cut into chunks and batches, and ties would not go by id."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class Group:
     starts_B: np.ndarray
 
     def scores(self, prototypes_KE: np.ndarray) -> np.ndarray:
-        """[B, K]: the largest cosine over a sample's vectors."""
-        scores_MK = self.vectors_ME @ prototypes_KE.T
+        """float32 [B, K]: the largest cosine over a sample's vectors, to :data:`DECIMALS`."""
+        scores_MK = self.vectors_ME.astype(np.float64) @ prototypes_KE.T.astype(np.float64)
         if not np.isfinite(scores_MK).all():
             raise DataError("Some vectors are not finite numbers.", "The model that made them is broken; retrain it.")
         best: np.ndarray = np.maximum.reduceat(scores_MK, self.starts_B, axis=0)
-        return best
+        return best.round(DECIMALS).astype(np.float32)
 
 
 class Vectors(Protocol):
@@ -65,7 +68,8 @@ class Encoded:
         for first in range(0, len(rows), GROUP):
             samples, aside = read_captions(self._manifest, rows[first : first + GROUP])
             if samples:
-                vectors = self._encode([text for sample in samples for text in sample.captions])
+                distinct, place_M = np.unique([text for s in samples for text in s.captions], return_inverse=True)
+                vectors = self._encode(distinct.tolist())[place_M]
                 counts = [len(sample.captions) for sample in samples]
                 yield Group(np.array([s.id for s in samples]), vectors, np.cumsum([0, *counts[:-1]]))
             yield aside
@@ -133,8 +137,10 @@ class Stored:
     def read(self, rows: Sequence[int]) -> Iterator[Group | list[Quarantined]]:
         if not len(rows):
             return
-        wanted = self._manifest.ids_of(rows)
-        for index in range(min(rows) // self._embedded.chunk, max(rows) // self._embedded.chunk + 1):
+        rows_N, chunk = np.sort(np.asarray(rows, np.int64)), self._embedded.chunk
+        for index in np.unique(rows_N // chunk).tolist():
+            first, last = np.searchsorted(rows_N, (index * chunk, (index + 1) * chunk))
+            wanted = self._manifest.ids_of(rows_N[first:last].tolist())
             ids, vectors, counts, aside = self._embedded.part(index)
             mine_B = np.isin(ids, wanted) & (counts > 0)
             if mine_B.any():

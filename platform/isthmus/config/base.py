@@ -23,3 +23,8 @@ class MethodConfig(Config):
     least_batch: ClassVar[int] = 1
 
     name: str
+
+    @property
+    def least_rows(self) -> int:
+        """Pairs that each worker's share of a batch needs."""
+        return 1

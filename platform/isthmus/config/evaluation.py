@@ -93,6 +93,11 @@ class ClassificationConfig(Config):
         min_length=1,
         description="{} is where the class name goes; their vectors are averaged",
     )
+    class_names: MaybeSource = Field(
+        None,
+        description="names of an indexed set's labels, all of them classes: a JSON object of label -> name, or a list, "
+        "a JSON one or a name a line, whose labels are the numbers from 0",
+    )
 
     @field_validator("templates")
     @classmethod

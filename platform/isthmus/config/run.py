@@ -83,4 +83,11 @@ class RunConfig(Config):
                 f"train.global_batch {self.train.global_batch} is too small: {self.method.name} sets the pairs of a "
                 f"batch against one another, which takes at least {self.method.least_batch}"
             )
+        rows = self.train.global_batch // self.cluster.most_workers
+        if rows < self.method.least_rows:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is too small for cluster.workers "
+                f"{self.cluster.most_workers}: each sets its own pairs against one another, which takes at least "
+                f"{self.method.least_rows} of them"
+            )
         return self

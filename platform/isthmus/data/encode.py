@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from isthmus.data.local import cached_manifest
 from isthmus.data.manifest import Manifest
 from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.readers import Failure
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.progress import progress
 
 _PART_BYTES = 64 << 20
@@ -56,6 +56,8 @@ class Task:
     batch: int
     dtype: str
     clips: ClipTransform | None = None
+    threads: int | None = None
+    gpu: bool = True
 
 
 class Encoder:
@@ -67,10 +69,10 @@ class Encoder:
 
         from isthmus.models.vision import build_vision
 
-        if actor:
-            torch.set_num_threads(1)  # as many actors as cores: more threads would only wait for one another
+        if actor:  # as many actors as cores: more threads would only wait for one another
+            torch.set_num_threads(task.threads or 1)
         self._task = task
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if task.gpu and torch.cuda.is_available() else "cpu"
         self._encoder = build_vision(task.vision).to(self._device).eval()
         clips = task.clips
         self._transform: Any = replace(clips, image=self._encoder.transform) if clips else self._encoder.transform
@@ -143,6 +145,8 @@ def build(
     batch: int,
     dtype: str,
     clips: ClipTransform | None = None,
+    cpus: float = 1,
+    gpus: float | None = None,
 ) -> CacheReport:
     """See :func:`isthmus.data.features.build_cache`."""
     if dtype not in ("float16", "float32"):
@@ -152,8 +156,8 @@ def build(
     if (done := _finished(out, manifest, vision, dtype, clips)) is not None:
         return _report(out, done, reused=done.parts, seconds=0.0, encoded=0)
     storage.ensure_writable(out)
-    task = Task(data_url, manifest.digest, out, vision, batch, dtype, clips)
-    with _pool(task, actors, -(-len(manifest) // 32)) as pool:
+    task = Task(data_url, manifest.digest, out, vision, batch, dtype, clips, max(1, int(cpus)), gpus != 0)
+    with _pool(task, min(actors, -(-len(manifest) // 32)), cpus, gpus) as pool:
         facts = pool.facts()
         values = facts["tokens"] * facts["width"] + int(np.prod(facts["sound"] or 0))
         chunk = _chunk_rows(values * np.dtype(dtype).itemsize)
@@ -292,16 +296,13 @@ class _Here:
 class _Actors:
     """Encoders on the cluster; a part whose actor died is encoded again by its successor."""
 
-    def __init__(self, task: Task, count: int) -> None:
+    def __init__(self, task: Task, count: int, cpus: float, gpus: float | None) -> None:
         import ray
 
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        gpu = 1 if ray.cluster_resources().get("GPU") else 0
-        remote: Any = ray.remote(Encoder).options(num_cpus=1, num_gpus=gpu, max_restarts=3, max_task_retries=3)
+        count, gpus = fitting(ray.cluster_resources(), count, cpus, gpus)
+        remote: Any = ray.remote(Encoder).options(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)
         self._ray: Any = ray
-        self._actors: list[Any] = [
-            remote.remote(task, store_environment(), True) for _ in range(max(1, min(count, cpus)))
-        ]
+        self._actors: list[Any] = [remote.remote(task, store_environment(), True) for _ in range(count)]
 
     def facts(self) -> dict[str, Any]:
         return self._get(self._actors[0].facts.remote())
@@ -330,12 +331,32 @@ class _Actors:
             raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
+def fitting(there: Mapping[str, float], count: int, cpus: float, gpus: float | None) -> tuple[int, float]:
+    """Actors that the cluster has room for, at most ``count``, and the GPUs of each: where ``gpus`` is None, one if the
+    cluster has any. An actor beyond would wait for a place for ever, and with it the part that it was handed.
+
+    Raises:
+        ConfigError: there is no room for one.
+    """
+    if gpus is None:
+        gpus = 1.0 if there.get("GPU") else 0.0
+    asked = {"CPU": cpus, "GPU": gpus}
+    room = min(int(there.get(kind, 0) // share) for kind, share in asked.items() if share)
+    if room < 1:
+        raise ConfigError(
+            f"An encoding actor asks for {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has "
+            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}.",
+            "Ask for less (cpus_per_actor, gpus_per_actor), or start a node that has them.",
+        )
+    return max(1, min(count, room)), gpus
+
+
 @contextmanager
-def _pool(task: Task, actors: int, most: int) -> Iterator[_Here | _Actors]:
+def _pool(task: Task, actors: int, cpus: float, gpus: float | None) -> Iterator[_Here | _Actors]:
     if actors == 0 or not ray_is_up():
         yield _Here(task)
         return
-    pool = _Actors(task, min(actors, most))
+    pool = _Actors(task, actors, cpus, gpus)
     try:
         yield pool
     finally:

@@ -372,6 +372,8 @@ def build_cache(
     batch: int = 32,
     dtype: str = "float16",
     clips: ClipTransform | None = None,
+    cpus: float = 1,
+    gpus: float | None = None,
 ) -> CacheReport:
     """Encode every image of an indexed data set once, with Ray actors where Ray runs, else in this process.
 
@@ -381,16 +383,17 @@ def build_cache(
         data_url: the indexed folder.
         out: the cache's folder or URL.
         vision: the frozen encoder.
-        actors: encoding processes, one CPU and one torch thread each; 0 encodes in this process, which for a few
-            hundred images is done before an actor has started.
+        actors: encoding processes, as far as the cluster has room for them; 0 encodes in this process, which for a
+            few hundred images is done before an actor has started.
+        cpus, gpus: of an actor, which has a torch thread for each CPU; gpus None: one where the cluster has any.
         batch: images per forward pass.
         dtype: ``float16`` or ``float32``.
         clips: encode frames of clips (or images), and keep their sounds' patches beside them.
 
     Raises:
         DataError: ``out`` holds another plan's cache, no image could be encoded, or features are not finite.
-        ConfigError, WeightsError: the encoder cannot be built.
+        ConfigError, WeightsError: the encoder cannot be built, or the cluster has no room for it.
     """
     from isthmus.data.encode import build
 
-    return build(data_url, out, vision, actors=actors, batch=batch, dtype=dtype, clips=clips)
+    return build(data_url, out, vision, actors=actors, batch=batch, dtype=dtype, clips=clips, cpus=cpus, gpus=gpus)

@@ -34,7 +34,7 @@ def write_subset(manifest: Manifest, rows: Sequence[int] | np.ndarray, out: str)
     chosen = np.sort(np.asarray(rows, np.int64))
     if not len(chosen) or (np.diff(chosen) == 0).any():
         raise DataError(f"A subset of {manifest.root} needs at least one row, and each once.")
-    _refuse_to_overwrite(out)
+    refuse_to_overwrite(out)
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     counts = np.diff(np.searchsorted(chosen, starts))
     kept = np.flatnonzero(counts)
@@ -51,7 +51,8 @@ def write_subset(manifest: Manifest, rows: Sequence[int] | np.ndarray, out: str)
     return Manifest.load(out)
 
 
-def _refuse_to_overwrite(out: str) -> None:
+def refuse_to_overwrite(out: str) -> None:
+    """Raises DataError where ``out`` is a data set that is no subset of another."""
     if storage.exists(storage.join(out, HEADER_FILE)) and not Manifest.load(out, verify=False).subset_of:
         raise DataError(f"{out} holds an index that is not a subset of another.", "Choose another folder.")
 

@@ -5,12 +5,13 @@ N images, C captions, P prompts, K classes, E shared embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.data.names import read_table
 from isthmus.data.transforms import clean_caption
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.classification import (
@@ -113,28 +114,34 @@ def classification(held: Held) -> TaskResult:
     """Zero-shot classification with an ensemble of prompts.
 
     Raises:
-        DataError: images without a label, or fewer than two classes.
+        DataError: images without a label, labels without a name, or fewer than two classes.
     """
     config = held.config
-    read = held.gather("embed_images", "embedding", extras=True)
-    assert read.images is not None
-    labels = [more.label for more in read.extras]
-    if bare := [key for key, label in zip(read.keys, labels, strict=True) if not label]:
+    listed = held.source.classes
+    names = read_table(config.classification.class_names) if config.classification.class_names else {}
+    if names and listed:
         raise DataError(
-            f"{len(bare)} images have no class (first {bare[0]}).",
-            "Give layout.kind=classes, or 'label' in the samples' JSON.",
+            "classification.class_names goes with an indexed data set.", "Name a layout's in layout.class_names."
         )
-    classes = held.source.classes or tuple(sorted(set(labels)))
+    labels = _labels(held.gather("read", "reading", extras=True), names, held.source.root, listed)
+    classes = listed or tuple(sorted({*names.values()} or {*labels.values()}))
     if len(classes) < 2:
         raise DataError(f"{held.source.root} holds one class alone.", "Classification needs two.")
+    read = held.gather("embed_images", "embedding", extras=True)
+    assert read.images is not None
     vectors_PE = held.runner.embed_texts(prompts(classes, config.classification.templates))
     classes_KE = class_vectors(vectors_PE, len(classes))
-    label_N = torch.tensor([classes.index(label) for label in labels])
+    number = {name: place for place, name in enumerate(classes)}
+    label_N = torch.tensor([number[labels[i]] for i in read.ids])
     ranks_N, best_N = class_ranks(read.images, classes_KE, label_N)
     facts = {
         "images": len(read.ids),
         "classes": len(classes),
-        "classes_from": "the data set's list" if held.source.classes else "the labels of the evaluated images",
+        "classes_from": "the data set's list"
+        if listed
+        else "classification.class_names"
+        if names
+        else "the labels of the evaluated images",
         "templates": list(config.classification.templates),
         "ties": TIES,
         "text_max_length": config.text_max_length or "the recipe's",
@@ -144,13 +151,35 @@ def classification(held: Held) -> TaskResult:
     rows = {
         image_id: {
             "key": read.keys[n],
-            "label": labels[n],
+            "label": labels[image_id],
             "predicted": classes[int(best_N[n])],
             "class_rank": int(ranks_N[n]),
         }
         for n, image_id in enumerate(read.ids)
     }
     return TaskResult(classification_metrics(ranks_N, label_N, len(classes)), facts, rows)
+
+
+def _labels(read: Part, names: Mapping[str, str], root: str, listed: Sequence[str]) -> dict[int, str]:
+    """The class name of each image, by its id."""
+    labels = {i: more.label for i, more in zip(read.ids, read.extras, strict=True)}
+    if bare := [key for key, label in zip(read.keys, labels.values(), strict=True) if not label]:
+        raise DataError(
+            f"{len(bare)} images have no class (first {bare[0]}).",
+            "Give layout.kind=classes, or 'label' in the samples' JSON.",
+        )
+    if names:
+        if unnamed := sorted({*labels.values()} - names.keys()):
+            raise DataError(
+                f"classification.class_names has no name for the label '{unnamed[0]}'.", "Name every label of the data."
+            )
+        return {i: names[label] for i, label in labels.items()}
+    if not listed and all(label.isdecimal() for label in labels.values()):
+        raise DataError(
+            f"The labels of {root} are numbers, which say nothing to a text encoder.",
+            "Give classification.class_names, a file with the classes' names in the order of their numbers.",
+        )
+    return labels
 
 
 # ------------------------------------------------------------------------------------------------------- matching

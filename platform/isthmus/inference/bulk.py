@@ -94,11 +94,11 @@ def run_bulk(
     committed = ledger.committed(plan)
     left = [c for c in plan if c.index not in committed]
     bad = sum(record.quarantined for record in committed.values())
-    allowance = _allowance(len(manifest), give.max_failed_share)
+    bearable = allowance(len(manifest), give.max_failed_share)
     with progress(label, total=sum(map(len, left)), unit="images") as tracker:
-        _refuse_too_many(bad, allowance, len(manifest), out)
+        _refuse_too_many(bad, bearable, len(manifest), out)
         if left:
-            _run_chunks(left, ledger, open_work, give, tracker, bad, allowance, len(manifest), len(plan))
+            _run_chunks(left, ledger, open_work, give, tracker, bad, bearable, len(manifest), len(plan))
     rows, quarantined = ledger.reconcile(plan, Ids(manifest))
     if rows + len(quarantined) != len(manifest):
         raise DataError(f"{out} holds {rows} rows and {len(quarantined)} quarantined of {len(manifest)} images.")
@@ -169,7 +169,7 @@ def _run_chunks(
             ray.shutdown()
 
 
-def _allowance(samples: int, share: float) -> int:
+def allowance(samples: int, share: float) -> int:
     """How many unreadable images a job bears. A share of 0 means none; else a handful never stops a small set."""
     return max(math.floor(samples * share), TOLERATED) if share > 0 else 0
 

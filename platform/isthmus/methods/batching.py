@@ -47,10 +47,10 @@ def split_caption(text: str, sample_id: int, seed: int, visit: int) -> tuple[str
 
 
 def cut_captions(texts: Sequence[str], limit: int, tokens: Callable[[str], Sequence[int]]) -> Tensor:
-    """bool [B]: captions of more than ``limit`` tokens, special ones included. No token is shorter than a letter, so
-    most captions need not be counted."""
+    """bool [B]: captions of more than ``limit`` tokens, special ones included. No token is shorter than a byte, so most
+    captions need not be counted."""
     special = len(tokens(""))
-    return torch.tensor([len(text) > limit - special and len(tokens(text)) > limit for text in texts])
+    return torch.tensor([len(text.encode()) > limit - special and len(tokens(text)) > limit for text in texts])
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:

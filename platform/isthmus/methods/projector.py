@@ -59,8 +59,14 @@ class ProjectorConfig(MethodConfig):
     temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="initial divisor of similarities; learned")
     temperature_range: tuple[float, float] = Field((0.001, 0.5), description="the divisor is held inside on every step")
     remembered_texts: Annotated[int, Field(ge=0)] = Field(
-        200_000, description="distinct captions whose frozen features each process keeps"
+        200_000,
+        description="distinct captions whose frozen features each process keeps beside its encoder, a gibibyte of them "
+        "at most; 0 where captions hardly come again within so many",
     )
+
+    @property
+    def least_rows(self) -> int:
+        return 2 if self.contrast_over == "local" else 1
 
     @model_validator(mode="after")
     def _fits(self) -> ProjectorConfig:
@@ -71,10 +77,19 @@ class ProjectorConfig(MethodConfig):
 
 
 class TextMemory:
-    """Frozen text features by caption: the encoder runs once for each distinct one, until the oldest is pushed out."""
+    """Frozen text features by caption: the encoder runs once for each distinct one, until the oldest is pushed out.
 
-    def __init__(self, encoder: SentenceEncoder, capacity: int, per_token: bool, comm: Comm) -> None:
+    Args:
+        encoder, comm: what encodes, and what its parts may have to be gathered with.
+        capacity: captions that are kept at most; ``most_bytes``: and their features' size.
+        per_token: keep token features instead of pooled ones.
+    """
+
+    def __init__(
+        self, encoder: SentenceEncoder, capacity: int, per_token: bool, comm: Comm, most_bytes: int = 1 << 30
+    ) -> None:
         self.encoder, self.capacity, self.per_token, self.comm = encoder, capacity, per_token, comm
+        self.most_bytes, self.bytes = most_bytes, 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -90,11 +105,13 @@ class TextMemory:
             found |= zip(new, self._encode(new), strict=True)
         elif together:
             self._encode(texts[:1])
-        for text in found:
-            self._kept[text] = found[text]
+        for text, feature in found.items():
+            if text not in self._kept:
+                self.bytes += feature.nbytes
+            self._kept[text] = feature
             self._kept.move_to_end(text)
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+        while len(self._kept) > self.capacity or self.bytes > self.most_bytes:
+            self.bytes -= self._kept.popitem(last=False)[1].nbytes
         rows = [found[text] for text in texts]
         if not self.per_token:
             return torch.stack(rows), None

@@ -89,11 +89,17 @@ class SentenceEncoder(nn.Module):
         return super().train(False)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and 0/1 mask, int64 [B, T], right-padded to the longest, at most ``max_length``."""
+        """Ids and 0/1 mask, int64 [B, T], right-padded to the longest, at most ``max_length``. A text without a token,
+        where the tokenizer adds none of its own, is read as one of padding: there has to be something to average."""
         tokens = self.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        return tokens["input_ids"], tokens["attention_mask"]
+        ids_BT, mask_BT = tokens["input_ids"].long(), tokens["attention_mask"].long()
+        if ids_BT.shape[1] == 0:
+            blank = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+            ids_BT, mask_BT = ids_BT.new_full((len(texts), 1), blank), mask_BT.new_zeros((len(texts), 1))
+        mask_BT[:, 0] = 1  # of right padding the first place is empty only where all are
+        return ids_BT, mask_BT
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from isthmus.alignment.cka import linear_cka
-from isthmus.alignment.curate import CHOICE, CurateReport, curate
+from isthmus.alignment.curate import CHOICE, CurateReport, _space_warning, curate
 from isthmus.alignment.features import CaptionEncoder, cut_warning
 from isthmus.alignment.prototypes import Prototypes, prototypes
 from isthmus.alignment.select import select
@@ -21,6 +21,7 @@ from isthmus.config import CurateConfig, PrototypesConfig, SelectConfig, TextCon
 from isthmus.data import encode
 from isthmus.data.features import FeatureCache
 from isthmus.data.manifest import Manifest, index
+from isthmus.data.subset import write_subset
 from isthmus.errors import DataError
 from isthmus.inference import bulk
 from isthmus.inference.commits import Chunk, Ledger
@@ -107,6 +108,54 @@ def test_curation_is_a_full_sort_resumes_and_leaves_a_data_set(
     page = Path(write_curation_page(report)).read_text()
     assert "Coverage" in page and page.count("<svg") == 3 and "moon" in page
     assert json.loads((tmp_path / "a" / "curation.json").read_text())["digest"] == report.digest
+
+
+def test_equal_captions_go_by_id_whatever_the_cut(text: TextConfig, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for n in range(60):
+        said = f"a {CLASSES[n % 4]}" + " on the grass" * (n % 3 == 0)
+        members |= {f"s{n:03d}.png": image_bytes(n), f"s{n:03d}.txt": said.encode()}
+    write_tar(tmp_path / "data" / "a.tar", members)
+    index(str(tmp_path / "data"))
+    file = str(tmp_path / "classes.parquet")
+    prototypes(PrototypesConfig(out=file, text=text, classes=CLASSES))
+    found = []
+    for chunk, batch in ((60, 512), (60, 7), (13, 512), (8, 3)):
+        out = str(tmp_path / f"{chunk}-{batch}")
+        config = CurateConfig(
+            data=str(tmp_path / "data"),
+            prototypes=file,
+            text=text,
+            out=out,
+            chunk=chunk,
+            batch=batch,
+            top=9,
+            per_class=4,
+        )
+        found.append(choice(curate(config)))
+    assert all(other == found[0] for other in found[1:]) and len(found[0]) == 16
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_anything_is_scored(
+    data: Manifest, text: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "classes.parquet")
+    prototypes(PrototypesConfig(out=file, text=text, classes=CLASSES))
+    monkeypatch.setattr(bulk, "_run_chunks", lambda *_: pytest.fail("it scored"))
+    config = CurateConfig(data=data.root, prototypes=file, text=text, out=data.root)
+    with pytest.raises(DataError, match="holds an index that is not a subset"):
+        curate(config)
+    write_subset(data, range(5), str(tmp_path / "hand"))
+    with pytest.raises(DataError, match="that no curation of this data made"):
+        curate(config.model_copy(update={"out": str(tmp_path / "hand")}))
+
+
+def test_candidates_that_may_fill_a_disk_are_told() -> None:
+    values = {"data": "d", "out": "o", "prototypes": "p", "vectors": "v"}
+    said = _space_warning(CurateConfig(**values), 400_000_000, 2754, 256)
+    assert said is not None and said.startswith("Up to 16.0 TiB of candidates")
+    assert _space_warning(CurateConfig(**values, nearest=10), 400_000_000, 2754, 256) is None
+    assert _space_warning(CurateConfig(**values), 100_000, 100, 65_536) is None
 
 
 def test_captions_that_are_longer_than_the_encoder_reads_are_told(

@@ -13,7 +13,7 @@ import pytest
 from isthmus.alignment.curate import CurateWork
 from isthmus.alignment.features import CaptionEncoder, TextWork, fixed_rows, weights_fact
 from isthmus.alignment.prototypes import Prototypes, model_space, prototypes, text_space
-from isthmus.alignment.vectors import Embedded, Group, Stored
+from isthmus.alignment.vectors import DECIMALS, Embedded, Group, Stored
 from isthmus.config import CurateConfig, PrototypesConfig, TextConfig
 from isthmus.data.manifest import Manifest, index
 from isthmus.errors import ConfigError, DataError
@@ -126,7 +126,17 @@ def test_stored_vectors_are_read_by_row(data: Manifest, vectors: str, side: str)
         np.testing.assert_array_equal(np.sort(mine, axis=0), np.sort(expected, axis=0))
     assert [q.id for some in found if isinstance(some, list) for q in some] == [ids[7]]
     scores = groups[0].scores(np.eye(E, dtype=np.float32)[:3])
-    np.testing.assert_allclose(scores[0], at[3].max(0)[:3])  # the best of a sample's vectors
+    np.testing.assert_allclose(scores[0], at[3].max(0)[:3], atol=10.0**-DECIMALS)  # the best of a sample's vectors
+
+
+def test_equal_vectors_score_alike_wherever_they_stand() -> None:
+    """A matrix product rounds a row by its place in the block; ties have to be ties all the same."""
+    random = np.random.default_rng(0)
+    one, known = random.standard_normal((1, 384)), random.standard_normal((20, 384)).astype(np.float32)
+    one = (one / np.linalg.norm(one)).astype(np.float32)
+    for count in (1, 5, 64, 600):
+        group = Group(np.arange(count), np.repeat(one, count, 0), np.arange(count))
+        assert len(np.unique(group.scores(known / 20), axis=0)) == 1
 
 
 def test_a_chunk_accounts_for_every_row(data: Manifest, vectors: str, tmp_path: Path) -> None:
@@ -179,6 +189,14 @@ def test_what_does_not_fit_is_refused(data: Manifest, vectors: str, text: TextCo
     pq.write_table(pa.table({"class": ["a", "b"], "vector": [[1.0, 0.0], [0.0, 0.0]]}), out)
     with pytest.raises(DataError, match="'b' has no direction"):
         Prototypes.load(out)
+    for table, said in (
+        ({"class": ["a", "b"], "vector": [1.0, 2.0]}, "no list of numbers"),
+        ({"class": ["a", None], "vector": [[1.0], [2.0]]}, "a class without a name"),
+        ({"class": ["a", "b"], "vector": [[1.0], [2.0, 3.0]]}, "holds no prototypes"),
+    ):
+        pq.write_table(pa.table(table), out)
+        with pytest.raises(DataError, match=said):
+            Prototypes.load(out)
     with pytest.raises(DataError, match="no finished embedding job"):
         Embedded.open(str(tmp_path), "texts")
 

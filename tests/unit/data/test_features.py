@@ -16,11 +16,12 @@ from isthmus.config import VisionConfig
 from isthmus.contracts import Base
 from isthmus.data import encode
 from isthmus.data.clips import ClipTransform
+from isthmus.data.encode import fitting
 from isthmus.data.features import EncodedBy, FeatureCache, build_cache
 from isthmus.data.manifest import Manifest, index
 from isthmus.data.readers import RawSample, read_rows
 from isthmus.data.transforms import ImageTransform, decode_image
-from isthmus.errors import DataError
+from isthmus.errors import ConfigError, DataError
 from isthmus.testing.shards import make_dataset, write_tar
 
 
@@ -180,3 +181,23 @@ def test_all_corrupt_and_overflowing_features_are_errors(dataset: str, tmp_path:
     assert build_cache(dataset, str(tmp_path / "c3"), VisionConfig(name="huge"), dtype="float32").samples == 9
     with pytest.raises(DataError, match="dtype 'int8'"):
         build_cache(dataset, str(tmp_path / "c4"), VisionConfig(), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "given"),
+    [
+        ({"CPU": 8.0}, (2, 1, None), (2, 0.0)),
+        ({"CPU": 8.0}, (20, 1, None), (8, 0.0)),
+        ({"CPU": 8.0, "GPU": 1.0}, (2, 1, None), (1, 1.0)),
+        ({"CPU": 8.0, "GPU": 1.0}, (9, 1, 0.25), (4, 0.25)),
+        ({"CPU": 8.0, "GPU": 1.0}, (9, 2, 0), (4, 0)),
+    ],
+)
+def test_no_more_actors_than_there_is_room_for(there: Any, asked: Any, given: Any) -> None:
+    """One that finds no room would wait for ever, with a part in its hands."""
+    assert fitting(there, *asked) == given
+
+
+def test_an_actor_that_fits_nowhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="asks for 1 CPUs and 2 GPUs, and the cluster has 8 and 1"):
+        fitting({"CPU": 8.0, "GPU": 1.0}, 2, 1, 2)

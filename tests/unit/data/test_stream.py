@@ -21,6 +21,7 @@ from isthmus.data.readers import Failure
 from isthmus.data.stream import iter_samples, train_batches
 from isthmus.data.transforms import ImageTransform
 from isthmus.errors import DataError
+from isthmus.methods.batching import cut_captions
 from isthmus.testing.shards import image_bytes, make_dataset, write_tar
 
 SIZE = 8
@@ -261,6 +262,12 @@ def test_budget_waits_for_a_sample_that_means_something() -> None:
     budget.count(5000, [bad] * 50)
     with pytest.raises(DataError):
         budget.count(1, [bad])
+
+
+def test_no_token_is_shorter_than_a_byte() -> None:
+    """Byte-level tokenizers make several tokens of a letter outside of ASCII."""
+    tokens = lambda text: [0, *text.encode(), 1]  # noqa: E731
+    assert cut_captions(["一二三", "abc", "abcdefgh"], 9, tokens).tolist() == [True, False, True]
 
 
 def test_cut_captions_are_borne_up_to_their_share() -> None:

@@ -292,8 +292,18 @@ def test_generation_settings_reach_the_model(tmp_path: Path) -> None:
 
 
 def test_labels_in_the_samples_are_the_classes(tmp_path: Path) -> None:
-    numbers = scored(described(tmp_path / "n", [{"label": n} for n in range(7)]), "classification")
-    assert (numbers["images"], numbers["classes"]) == (7, 7), "0 is a class"
+    numbered = described(tmp_path / "n", [{"label": n} for n in range(7)])
+    with pytest.raises(DataError, match="are numbers, which say nothing"):
+        scored(numbered, "classification")
+    (tmp_path / "names.txt").write_text("\n".join(f"number {n}" for n in range(8)))
+    told = {"templates": ["picture {}"], "class_names": str(tmp_path / "names.txt")}
+    numbers = scored(numbered, "classification", classification=told)
+    assert (numbers["images"], numbers["classes"]) == (7, 8), "0 is a class, and all that are named are classes"
+    assert numbers["top_1"] > 0.8
+    assert numbers["classes_from"] == "classification.class_names"
+    (tmp_path / "few.txt").write_text("number 0\nnumber 1")
+    with pytest.raises(DataError, match="no name for the label '2'"):
+        scored(numbered, "classification", classification={"class_names": str(tmp_path / "few.txt")})
     folder = described(tmp_path / "labels", [{"label": f"number {n}"} for n in range(7)])
     result = scored(folder, "classification", classification={"templates": ["picture {}"]})
     assert (result["top_1"], result["top_5"], result["mean_per_class_recall"]) == (1.0, 1.0, 1.0)

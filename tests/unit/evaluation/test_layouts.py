@@ -165,6 +165,8 @@ def test_class_folders(read: Callable[..., Layout], tmp_path: Path) -> None:
         read("classes", class_names={"n01": "tench"})
     with pytest.raises(DataError, match="class name same more than once"):
         read("classes", class_names={"n01": "same", "n02_b": "same"})
+    with pytest.raises(DataError, match=r"name of class 'n01' is \[\"tench\", \"Tinca\"\], which is no text"):
+        read("classes", class_names={"n01": ["tench", "Tinca"], "n02_b": "shark"})
     (tmp_path / "images" / "loose.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"lie in no class folder \(first loose.png\)"):
         read("classes")

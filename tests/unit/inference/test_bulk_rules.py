@@ -20,7 +20,7 @@ from isthmus.testing.shards import image_bytes, write_tar
     ("samples", "share", "borne"), [(1000, 0.01, 10), (60, 0.01, 3), (60, 0.5, 30), (60, 0.0, 0), (10**6, 0.0, 0)]
 )
 def test_how_many_unreadable_images_a_job_bears(samples: int, share: float, borne: int) -> None:
-    assert bulk._allowance(samples, share) == borne
+    assert bulk.allowance(samples, share) == borne
     bulk._refuse_too_many(borne, borne, samples, "out")
     with pytest.raises(DataError, match="max_failed_share"):
         bulk._refuse_too_many(borne + 1, borne, samples, "out")

@@ -8,19 +8,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from isthmus.config import load_run
-from isthmus.contracts import BuildContext
+from isthmus.config import RunConfig, load_run
+from isthmus.contracts import BuildContext, LocalComm
 from isthmus.errors import ConfigError
 from isthmus.losses.contrastive import contrast
 from isthmus.methods import METHODS, method_configs
 from isthmus.methods import projector as projector_method
 from isthmus.methods.guided_config import GuidedConfig
-from isthmus.methods.projector import ProjectorConfig
+from isthmus.methods.projector import ProjectorConfig, TextMemory
 from isthmus.models import projector as projector_model
 from isthmus.models.projector import HeadProjector, ImageProjector, TextProjector, TokenProjector
 from isthmus.models.vision import describe_vision
 from isthmus.testing.backbones import tiny_cnn_config, tiny_vision_config
-from method_cases import batch, build, recipe, samples
+from method_cases import CAPTIONS, batch, build, recipe, samples
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -109,6 +109,24 @@ def test_each_distinct_caption_is_encoded_once_until_it_is_pushed_out(kind: str,
     assert len(memory) == 3 and calls == [2, 2]
     memory.read(["two dogs"])  # the least recently read
     assert calls == [2, 2, 1]
+
+
+def test_remembered_captions_have_a_size(folder: Path) -> None:
+    stage = build(recipe("projector", folder, text_features="tokens"))
+    memory = TextMemory(stage.module.text, 100, True, LocalComm(), most_bytes=2000)
+    for text in CAPTIONS:
+        memory.read([text])
+        assert memory.bytes == sum(kept.nbytes for kept in memory._kept.values()) <= 2000
+    assert 0 < len(memory) < len(CAPTIONS)
+
+
+def test_a_contrast_of_a_workers_own_rows_needs_two_of_them(folder: Path) -> None:
+    local = recipe("projector", folder, contrast_over="local")
+    values = {"name": "r", "data": {"train": "d"}, "train": {"steps": 1, "global_batch": 4}, "cluster": {"workers": 4}}
+    with pytest.raises(ValidationError, match="at least 2 of them"):
+        RunConfig.model_validate({**values, "method": local})
+    RunConfig.model_validate({**values, "method": recipe("projector", folder)})
+    RunConfig.model_validate({**values, "method": local, "cluster": {"workers": 2}})
 
 
 @pytest.mark.parametrize("kind", ["pooled", "tokens"])

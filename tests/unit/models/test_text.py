@@ -73,3 +73,25 @@ def test_language_models_encode_sentences_too(family, tmp_path):
     assert torch.allclose(alone_BD[0], both_BD[0], atol=1e-5)
     assert tokens_BTD.shape[-1] == encoder.width == 32
     assert not torch.allclose(both_BD[0], both_BD[1], atol=1e-2)
+
+
+def test_a_text_without_a_token_is_read_as_padding(tmp_path):
+    encoder = build_sentence_encoder(TextConfig(weights=tiny_lm(tmp_path, "llama").weights))
+    encoder.tokenizer = Letters()
+    for texts, width in ((["", ""], 1), (["ab", ""], 2)):
+        ids_BT, mask_BT = encoder.tokenize(texts)
+        assert ids_BT.shape == mask_BT.shape == (2, width)
+        assert mask_BT.sum(1).tolist() == [max(1, len(text)) for text in texts]
+        assert encoder(ids_BT, mask_BT)[1].abs().sum(1).min() > 0
+
+
+class Letters:
+    """A tokenizer that adds nothing of its own, as those of some decoder-only models are: a token a letter."""
+
+    pad_token_id, eos_token_id = None, 2
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, torch.Tensor]:
+        longest = max(map(len, texts))
+        rows = [[5] * len(text) + [0] * (longest - len(text)) for text in texts]
+        ids_BT = torch.tensor(rows).reshape(len(texts), longest)
+        return {"input_ids": ids_BT, "attention_mask": (ids_BT > 0).long()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from isthmus import storage
 from isthmus.config import LayoutConfig
+from isthmus.data.names import parse_table
 from isthmus.errors import DataError
 from isthmus.evaluation.layouts.checks import Sources, below_folder, no_doubles, stem
 from isthmus.evaluation.layouts.types import Extras, Item, Read
@@ -22,11 +23,11 @@ def classes(config: LayoutConfig, sources: Sources) -> Read:
             f"{len(outside)} images of {root} lie in no class folder (first {outside[0]}).",
             "Put every image into the folder of its class.",
         )
-    given = sources.table(config.class_names) if config.class_names else {}
+    given = parse_table(sources.text(config.class_names), config.class_names) if config.class_names else {}
     folders = sorted({file.partition("/")[0] for file in files})
     if given and (unnamed := sorted(set(folders) - set(given))):
         raise DataError(f"{config.class_names} has no name for the folder '{unnamed[0]}'.", "Name every class.")
-    names = {folder: str(given.get(folder, folder.replace("_", " "))).strip() for folder in folders}
+    names = {folder: given.get(folder, folder.replace("_", " ")).strip() for folder in folders}
     no_doubles(config.class_names or root, "class name", list(names.values()))
     items = [
         Item(row, below_folder(file, root), (), Extras(label=names[file.partition("/")[0]]))
