@@ -234,3 +234,25 @@ def test_a_wrong_mixture_is_refused_with_what_to_do(data: dict[str, Any], says: 
     with pytest.raises(ConfigError) as refused:
         run(data=data)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("model", [{"name": n} for n in ("team/model", "a:b", "x@y", "o'brien", "", " a")])
+def test_names_that_the_registry_cannot_have_are_refused_at_once(model: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="cannot name a registered model"):
+        run(model=model)
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v1", "V22", "a b", "x/y", ""])
+def test_aliases_that_the_registry_cannot_have_are_refused_at_once(alias: str) -> None:
+    with pytest.raises(ConfigError, match="is no alias"):
+        run(model={"name": "bridge", "alias": alias})
+    assert run(model={"name": "bridge 2.0", "alias": "v1-good"}).model is not None
+
+
+def test_a_key_that_is_there_twice_is_refused_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("name: a\ntrain: {steps: 1}\ndata: &x {train: d}\ntrain: {lr: 1}\n")
+    with pytest.raises(ConfigError, match="line 4, column 1 is not valid YAML: the key 'train' is there a second time"):
+        read_yaml(file)
+    file.write_text("base: &b {steps: 1}\ntrain: {<<: *b, lr: 1}\n")
+    assert read_yaml(file)["train"] == {"steps": 1, "lr": 1}

@@ -45,7 +45,7 @@ class DataConfig(Config):
     rand_augment: tuple[Positive, Annotated[int, Field(ge=1, le=10)]] | None = Field(
         None,
         description="RandAugment after crop and flip: number and magnitude (of 10) of its operations, e.g. [2, 7]; "
-        "they change light, contrast and geometry and recolour nothing",
+        "they change light, contrast and geometry; not for drawings of few colours, which equalising may recolour",
     )
     resize: Literal["torch", "pillow"] = Field(
         "torch",

@@ -30,7 +30,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"There is no recipe at {file}.{nearest(file.name, siblings)}", "Give the path of a YAML file."
         )
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -42,6 +42,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's safe loader, which would take the last of two sections of one name without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name != "<<" and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{name}' is there a second time", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``recipe`` with every ``section.key=value`` laid over it; values are read as YAML."""
     out = _copy(recipe)
@@ -49,22 +64,33 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"The override '{item}' is not of the form section.key=value.", "Example: train.lr=3e-4")
-        *sections, leaf = key.strip().split(".")
-        node = out
-        for section in sections:
-            child = node.setdefault(section, {})
-            if not isinstance(child, dict):
-                raise ConfigError(
-                    f"The override '{item}' goes into '{section}', which is a single value, not a section."
-                )
-            node = child
         try:
-            node[leaf] = _scalar(text)
+            value = _scalar(text)
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"The value in the override '{item}' is not valid YAML.", f"Quote it: {key}='\"...\"'"
             ) from error
+        _set(out, key.strip(), value, item)
     return out
+
+
+def lay_over(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``recipe`` with the value of every dotted key in its place."""
+    out = _copy(recipe)
+    for key, value in values.items():
+        _set(out, key, value, f"{key}={value}")
+    return out
+
+
+def _set(recipe: dict[str, Any], key: str, value: Any, item: str) -> None:
+    *sections, leaf = key.split(".")
+    node = recipe
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"The override '{item}' goes into '{section}', which is a single value, not a section.")
+        node = child
+    node[leaf] = value
 
 
 def load_config(

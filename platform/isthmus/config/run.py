@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
@@ -20,11 +21,39 @@ class TrackingConfig(Config):
     experiment: str = "isthmus"
 
 
+def name_fault(name: str) -> str | None:
+    """Why MLflow's registry, or ``models:/NAME@ALIAS``, cannot have a model of that name; None where they can."""
+    if not name.strip() or name != name.strip() or re.search(r"[/:@'\"]", name):
+        return f"'{name}' cannot name a registered model: it may hold none of / : @ and quotes, and no space around it"
+    return None
+
+
+def alias_fault(alias: str) -> str | None:
+    """Why MLflow's registry cannot have that alias; None where it can."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", alias) or alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        return f"'{alias}' is no alias: letters, digits, - and _, and neither 'latest' nor a version as v1"
+    return None
+
+
 class RegisterConfig(Config):
     """Under which name and alias the trained model is registered."""
 
     name: str
     alias: str = "candidate"
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, value: str) -> str:
+        if fault := name_fault(value):
+            raise ValueError(fault)
+        return value
+
+    @field_validator("alias")
+    @classmethod
+    def _an_alias(cls, value: str) -> str:
+        if fault := alias_fault(value):
+            raise ValueError(fault)
+        return value
 
 
 class RunConfig(Config):

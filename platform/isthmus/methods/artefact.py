@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isthmus.config import RunConfig, load_run, to_yaml
+from isthmus.config import RunConfig, load_run, read_yaml, to_yaml
+from isthmus.config.later import with_later_fields
 from isthmus.contracts import Base, BuildContext, Comm, LocalComm, Stage
 from isthmus.data.clips import clip_transform
 from isthmus.data.features import EncodedBy
@@ -134,7 +135,8 @@ def read_recipe(directory: str | Path) -> RunConfig:
     file = Path(directory) / RECIPE
     if not file.is_file():
         raise RegistryError(f"{directory} holds no saved model: {RECIPE} is missing.", "Give the folder of a model.")
-    return localised(load_run(file, methods=method_configs()), directory)
+    recipe = load_run(file, methods=method_configs(), values=with_later_fields(read_yaml(file)))
+    return localised(recipe, directory)
 
 
 def localised(recipe: RunConfig, directory: str | Path) -> RunConfig:

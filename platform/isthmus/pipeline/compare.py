@@ -130,6 +130,13 @@ def compared(results: Mapping[str, Result], options: CompareOptions) -> list[Res
                 f"'{options.rows[0].evaluate}' ({row['data_digest'][:12]} and {rows[0]['data_digest'][:12]}).",
                 "Evaluate all rows on the same 'data'.",
             )
+        for count in ("images", "captions"):
+            if row[count] != rows[0][count]:
+                raise DataError(
+                    f"Step '{asked.evaluate}' measured '{asked.method}' on {row[count]} {count}, and step "
+                    f"'{options.rows[0].evaluate}' on {rows[0][count]}: that alone tells their figures apart.",
+                    "Give all evaluations the same 'limit'.",
+                )
     return rows
 
 

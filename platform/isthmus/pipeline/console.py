@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 _console = Console(stderr=True, highlight=False)
 
 
 def announce(number: int, total: int, step: str, says: str) -> None:
     """The heading of a step."""
-    _console.print(f"\n[bold cyan]({number}/{total}) {step}[/]  {says}")
+    _console.print(f"\n[bold cyan]({number}/{total}) {step}[/]  {escape(says)}")
 
 
 def finished(seconds: float, result: Mapping[str, Any]) -> None:
@@ -32,4 +33,4 @@ def _summary(result: Mapping[str, Any]) -> str:
             shown.append(f"{key} {value:.4g}")
         elif isinstance(value, (str, int)) and len(str(value)) <= 80:
             shown.append(f"{key} {value}")
-    return ", ".join(shown[:8])
+    return escape(", ".join(shown[:8]))  # an answer or a caption may look like markup

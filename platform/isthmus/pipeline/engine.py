@@ -1,6 +1,6 @@
 """Runs the steps of a pipeline file in order and skips what is already done.
 
-A step's record (``<out>/steps/<id>.json``) holds the digest of everything the step was asked and of the records before
+A step's record (``<out>/steps/<id>.json``) holds the digest of everything the step was asked and of the results before
 it. A step whose record carries the same digest and whose output is still there is not run again, so that an
 interrupted pipeline goes on where it was; every step is itself resumable, so that also half a step is not lost.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from isthmus.config import Config, absolute, load_config, read_yaml
 from isthmus.errors import ConfigError, nearest
 from isthmus.pipeline.compare import CompareOptions, unknown_steps
 from isthmus.pipeline.console import announce, finished, reused
-from isthmus.pipeline.steps import STEPS, StepContext
+from isthmus.pipeline.steps import STEPS, StepContext, check_options
 
 OUTPUTS = ("out", "url", "run", "html", "json")
 """Fields of a step's result that say where its output is."""
@@ -117,13 +117,15 @@ def _folder(out: str) -> Path:
     return Path(out)
 
 
-def _extended(path: Path) -> dict[str, Any]:
+def _extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's mapping, laid over that of the pipeline it ``extends``, which stands in the same folder."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path} extends itself, perhaps through others.", "Name another pipeline in 'extends'.")
     values = read_yaml(path)
     if "extends" not in values:
         return values
-    below = _extended(path.parent / str(values.pop("extends")))
-    return {**below, **values, "params": {**below.get("params", {}), **values.get("params", {})}}
+    below = _extended(path.parent / str(values.pop("extends")), (*above, path.resolve()))
+    return {**below, **values, "params": {**(below.get("params") or {}), **(values.get("params") or {})}}
 
 
 def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> dict[str, Any]:
@@ -141,6 +143,7 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool
     if fresh:
         for record in records.glob("*.json"):
             record.unlink()
+    _check_ahead(path, pipeline, scope)
     results: dict[str, Any] = {}
     chain = ""
     for number, step in enumerate(pipeline.steps, 1):
@@ -159,9 +162,36 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool
             finished(done["seconds"], result)
         else:
             reused(done["result"])
+        chain = _digest(chain, _lasting(done["result"]))
         results[step.id] = done["result"] | {"step_seconds": done["seconds"]}
         scope |= {f"{step.id}.{k}": v for k, v in done["result"].items()}
     return results
+
+
+def _check_ahead(path: str | Path, pipeline: Pipeline, scope: Mapping[str, Any]) -> None:
+    """What every step names has to be there before the first one runs, which may take hours.
+
+    Raises:
+        ConfigError: a recipe that does not exist, a reference to no parameter and no earlier step, an unknown option.
+    """
+    earlier: list[str] = []
+    for step in pipeline.steps:
+        recipe = _recipe_path(path, step)
+        for name in _references([step.options, step.says]):
+            if name not in scope and name.partition(".")[0] not in earlier:
+                _look_up(name, {**scope, **{f"{known}.{name.partition('.')[2]}": None for known in earlier}})
+        check_options(step.run, recipe, step.options, earlier)
+        earlier.append(step.id)
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _references(item)
+    elif isinstance(value, str):
+        yield from _REFERENCE.findall(value)
 
 
 def substitute(value: Any, scope: Mapping[str, Any]) -> Any:
@@ -206,6 +236,12 @@ def _recipe_path(pipeline: str | Path, step: StepSpec) -> Path | None:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _lasting(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What later steps go by: a step that is run again and finds the same need not be followed by the others."""
+    passing = ("seconds", "per_s", "reused", "skipped", "encoded", "memory")
+    return {name: value for name, value in result.items() if not any(word in name for word in passing)}
 
 
 def _read_record(record: Path, digest: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,10 @@ from isthmus.config import (
     anchored,
     load_config,
     load_run,
+    read_yaml,
 )
-from isthmus.errors import ConfigError
+from isthmus.config.load import lay_over
+from isthmus.errors import ConfigError, nearest
 from isthmus.pipeline.compare import CompareOptions
 
 C = TypeVar("C", bound=Config)
@@ -131,7 +133,7 @@ def _train(context: StepContext, options: Mapping[str, Any]) -> Result:
 
     if context.recipe is None:
         raise ConfigError("A 'train' step needs a 'recipe', the path of a training recipe.")
-    config = load_run(context.recipe, _overrides(options), methods=method_configs())
+    config = load_run(context.recipe, methods=method_configs(), values=_laid_over(context.recipe, options))
     model = fit(config)
     return {
         "uri": f"models:/{model.name}/{model.version}" if model.version else model.uri,
@@ -186,6 +188,19 @@ def _compare(context: StepContext, options: Mapping[str, Any]) -> Result:
     return write_comparison(context.out, context.results, _options(CompareOptions, options))
 
 
+OPTIONS: dict[str, type[Config]] = {
+    "fetch": FetchOptions,
+    "index": IndexOptions,
+    "cache": CacheOptions,
+    "evaluate": EvaluateConfig,
+    "caption": CaptionConfig,
+    "embed": EmbedConfig,
+    "serve-check": ServeCheckOptions,
+    "report": ReportOptions,
+    "compare": CompareOptions,
+}
+"""What a kind of step takes where it has no recipe."""
+
 STEPS: dict[str, Callable[[StepContext, Mapping[str, Any]], Result]] = {
     "fetch": _fetch,
     "index": _index,
@@ -207,14 +222,37 @@ def _options(kind: type[C], options: Mapping[str, Any]) -> C:
 def _from_recipe(kind: type[C], context: StepContext, options: Mapping[str, Any]) -> C:
     if context.recipe is None:
         return _options(kind, options)
-    return load_config(kind, context.recipe, _overrides(options))
+    return load_config(kind, context.recipe, values=_laid_over(context.recipe, options))
 
 
-def _overrides(options: Mapping[str, Any]) -> list[str]:
-    """Dotted keys with values -> ``key=value`` strings that the loader reads as YAML."""
-    import json
+def _laid_over(recipe: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's mapping with values of dotted keys in it, as they are: a text is not read as YAML once more."""
+    return lay_over(read_yaml(recipe), options)
 
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+
+def check_options(run: str, recipe: Path | None, options: Mapping[str, Any], earlier: Sequence[str]) -> None:
+    """Refuses keys that a kind of step does not have, and ids of no earlier step. What refers to earlier results is
+    only known later, so values are not looked at.
+
+    Raises:
+        ConfigError: with the nearest known key or step.
+    """
+    if run == "report":
+        for field in ("retrieval", "projector", "captions", "scores", "serve", "trained"):
+            named = options.get(field) or ()
+            for name in (named,) if isinstance(named, str) else named:
+                if name not in earlier:
+                    raise ConfigError(
+                        f"A report's '{field}' names '{name}', which is no earlier step.{nearest(name, earlier)}",
+                        f"Earlier steps: {', '.join(earlier) or 'none'}.",
+                    )
+    if (kind := OPTIONS.get(run)) is not None and recipe is None:
+        for key in options:
+            if key not in kind.model_fields:
+                known = kind.model_fields
+                raise ConfigError(
+                    f"A '{run}' step has no option '{key}'.{nearest(key, known)}", f"It has: {', '.join(known)}."
+                )
 
 
 def _flat(report: Any) -> Result:

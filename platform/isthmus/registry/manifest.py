@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import isthmus
 from isthmus.config import DataConfig, RunConfig, whole_weights
+from isthmus.config.later import later_fields
 from isthmus.contracts import Base, ModelVersion
 
 MAY_CHANGE = (
@@ -45,38 +45,6 @@ ROUNDING = (
 """Fields that decide how the same sums are made: a run may go on with others."""
 
 MAY_GROW = "train.steps"
-
-CAME_LATER = {
-    "data.augment": True,
-    "data.crop": [0.5, 1.0],
-    "data.flip": True,
-    "data.rand_augment": None,
-    "data.resize": "pillow",
-    "data.shuffled_pairs": False,
-    "method.language.max_length_of": "caption",
-    "method.qformer.compression": None,
-    "method.qformer.init_segment": "fold",
-    "train.eps": 1e-8,
-    "train.gradient_checkpointing": False,
-    "train.micro_batch": None,
-    "zero.offload_optimizer": "none",
-    "zero.offload_parameters": "none",
-}
-"""Fields that a recipe has now and had not, with the value that runs before them worked with. With that value they do
-not count in a run's digest, so that a run which had finished before still has."""
-
-
-def with_later_fields(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the fields that it lacks because they came later, at the values that it worked with."""
-    out = copy.deepcopy(recipe)
-    for field, value in CAME_LATER.items():
-        *sections, key = field.split(".")
-        place: Any = out
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place.setdefault(key, value)
-    return out
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,11 +83,11 @@ def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:
 def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
     """sha256 of all that decides a run's result: the settled fields, the data's digest, the parent and its version."""
     parent = lineage.get("parent") or {}
-    settled = {k: v for k, v in settled_fields(run).items() if k not in CAME_LATER or v != CAME_LATER[k]}
+    content = [parent["digest"]] if parent.get("digest") else []
     facts = {
-        "recipe": settled,
+        "recipe": _without_later(settled_fields(run), run),
         "data": lineage.get("data", {}).get("digest"),
-        "parent": [parent.get("name"), parent.get("version")],
+        "parent": [parent.get("name"), parent.get("version"), *content],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -127,10 +95,14 @@ def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
 def run_identity(run: RunConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
     """What stays the same over all tries of a run, as digests by name. Other checkpoints are not the run's."""
     fixed = {k: v for k, v in settled_fields(run).items() if k not in ("name", MAY_GROW, *ROUNDING)}
-    known = {k: v for k, v in fixed.items() if k not in CAME_LATER or v != CAME_LATER[k]}
-    recipe = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    recipe = hashlib.sha256(json.dumps(_without_later(fixed, run), sort_keys=True).encode()).hexdigest()
     data = lineage.get("data", {}).get("digest")
     return {"recipe": recipe, **({"data": data} if data else {})}
+
+
+def _without_later(fields: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
+    later = later_fields(run.method.name)
+    return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
 
 def data_record(data: DataConfig, found: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -156,9 +128,18 @@ def lineage(*, data: Mapping[str, Any], parent: ModelVersion | None) -> dict[str
     """Where a model comes from, as written into its artefact and registry entry; ``data`` is a :func:`data_record`."""
     return {
         "data": dict(data),
-        "parent": {"name": parent.name, "version": parent.version, "uri": parent.uri} if parent else None,
+        "parent": _parent_record(parent) if parent else None,
         "code": {"package": isthmus.__version__, "commit": code_commit()},
     }
+
+
+def _parent_record(parent: ModelVersion) -> dict[str, str]:
+    """A registered version is what it is for good; what a folder holds is told by its content."""
+    found = {"name": parent.name, "version": parent.version, "uri": parent.uri}
+    if parent.version:
+        return found
+    with Path(parent.path, "model.safetensors").open("rb") as stream:
+        return {**found, "digest": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def with_bases(lineage: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:

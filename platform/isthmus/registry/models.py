@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 
 import isthmus
 from isthmus.config import TrackingConfig
+from isthmus.config.run import alias_fault, name_fault
 from isthmus.contracts import ModelVersion
 from isthmus.errors import RegistryError, nearest
 from isthmus.registry import store
@@ -40,6 +41,7 @@ def register(
     Raises:
         RegistryError: the folder is no artefact, or the tracking store is out of reach.
     """
+    _check_names(name, alias)
     folder = Path(artefact).absolute()
     missing = [file for file in ARTEFACT_FILES if not (folder / file).is_file()]
     if missing:
@@ -66,6 +68,7 @@ def register_folder(
     Raises:
         RegistryError: as :func:`register`.
     """
+    _check_names(name, alias)
     settings, uri, folder = tracking or TrackingConfig(), store.tracking_uri(tracking), Path(artefact)
     file = folder / "lineage.json"
     lineage = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -77,6 +80,12 @@ def register_folder(
         raise
     store.end_run(uri, run_id)
     return version
+
+
+def _check_names(name: str, alias: str) -> None:
+    """Before anything is logged: MLflow itself would tell of an alias when the version is made."""
+    if fault := name_fault(name) or alias_fault(alias):
+        raise RegistryError(f"{fault}.")
 
 
 def _log_model(folder: Path, run_id: str, uri: str) -> str:
@@ -156,6 +165,7 @@ def show_model(model: str, tracking: TrackingConfig | None = None) -> dict[str, 
 
 def promote(model: str, alias: str, tracking: TrackingConfig | None = None) -> ModelVersion:
     """Move ``alias`` to the version that ``model`` names; the alias's former version stays registered."""
+    _check_names("any", alias)
     version = resolve(model, tracking)
     if not version.version:
         raise RegistryError(

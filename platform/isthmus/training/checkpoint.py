@@ -229,25 +229,40 @@ def _check_run(found: Checkpoint, run: Mapping[str, str]) -> None:
         raise ValueError(f"it belongs to another run ({', '.join(other)})")
 
 
-def prune(root: str, keep: int, *, keep_best: bool = False) -> None:
-    """Delete all but the ``keep`` newest whole checkpoints, and every torn one that is older than those.
+def prune(
+    root: str, keep: int, *, keep_best: bool = False, upto: int | None = None, run: Mapping[str, str] | None = None
+) -> None:
+    """Delete all but the ``keep`` newest whole checkpoints, and every other one that is older than those.
 
     A manifest goes before its files, so a deletion that is cut short leaves no folder that looks whole.
 
     Args:
         keep_best: the checkpoint with the lowest score stays too, and is not counted.
+        upto: the step that has been reached. What lies beyond was passed over when this try began, as damaged or as
+            another run's: it is not counted among those that a next try could go on from.
+        run: what a checkpoint has to be a state of to be counted, as in :func:`newest`.
     """
-    folders = _folders(root)
-    best = _best(folders) if keep_best else None
+    folders = [found for found in _folders(root) if upto is None or _key(found[0])[0] <= upto]
+    own = {url for url, present in folders if MANIFEST in present and _is_of(url, run or {})}
+    best = _best([found for found in folders if found[0] in own]) if keep_best else None
     whole = 0
-    for url, present in folders:
+    for url, _ in folders:
         if url == best:
             continue
-        if MANIFEST in present and whole < keep:
+        if url in own and whole < keep:
             whole += 1
         elif whole >= keep:
             storage.delete(storage.join(url, MANIFEST))
             storage.delete(url)
+
+
+def _is_of(url: str, run: Mapping[str, str]) -> bool:
+    """Whether a manifest says that its checkpoint is a state of ``run``."""
+    try:
+        known = json.loads(storage.read_bytes(storage.join(url, MANIFEST))).get("run") or {}
+    except (ValueError, StorageError):
+        return False
+    return all(known.get(name, run[name]) == run[name] for name in run)
 
 
 def _best(folders: list[tuple[str, dict[str, int]]]) -> str | None:

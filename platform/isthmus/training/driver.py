@@ -20,6 +20,7 @@ from isthmus.data.parallel import store_environment
 from isthmus.errors import IsthmusError, RegistryError
 from isthmus.ray_session import ray_session
 from isthmus.training import preflight
+from isthmus.training.alone import alone_in
 from isthmus.training.cost import Cost
 from isthmus.training.interrupt import interruptible
 from isthmus.training.metrics import Shipper, Spool, mlflow_file_sender, mlflow_sender
@@ -49,7 +50,13 @@ def fit(config: RunConfig, *, progress: bool = True) -> ModelVersion:
         TrainingError: training itself cannot go on.
         KeyboardInterrupt: Ctrl-C; the workers are stopped first and the last checkpoint stays.
     """
-    plan = preflight.check(anchored(config))
+    config = anchored(config)
+    with alone_in(storage.join(config.storage, config.name)):
+        return _fit(config, progress)
+
+
+def _fit(config: RunConfig, progress: bool) -> ModelVersion:
+    plan = preflight.check(config)
     if (facts := preflight.finished(plan)) and (version := _still_there(plan, facts)):
         return version
     preflight.write_recipe(plan)

@@ -8,6 +8,7 @@ the rows, and from there to the run's artefacts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -43,9 +44,15 @@ class Spool:
         self.event({"kind": "row", **row})
         if row["step"] <= self.last:
             return
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:  # as a full disk: half a row would spoil the next one
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise
         self.last = int(row["step"])
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     def artefact(self, name: str, data: bytes) -> None:
         """A file among the run's artefacts; ``name`` may have folders. One that is already there stays as it is."""
@@ -96,7 +103,16 @@ def _read(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()], offset + len(whole)
+    return [row for line in whole.splitlines() if (row := _row(line)) is not None], offset + len(whole)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row; None of an empty line, or of one that was cut short."""
+    try:
+        row = json.loads(line) if line.strip() else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _drop_torn_tail(path: Path) -> None:

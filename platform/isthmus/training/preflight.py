@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from isthmus import storage
 from isthmus.config import RunConfig, SetConfig, VisionConfig, load_run, to_yaml
 from isthmus.config.differences import vision_differences
+from isthmus.config.later import with_later_fields
 from isthmus.contracts import Base, ModelVersion
 from isthmus.errors import ConfigError, DataError, nearest
 from isthmus.ray_session import joins_cluster
@@ -19,6 +21,8 @@ from isthmus.training.cost import COST
 
 if TYPE_CHECKING:
     from isthmus.data.features import CacheMeta
+
+log = logging.getLogger(__name__)
 
 RECIPE, FINISHED = "recipe.yaml", "finished.json"
 _OF_A_START = (
@@ -75,6 +79,7 @@ def check(run: RunConfig) -> Plan:
         raise ConfigError(
             f"No method is called '{run.method.name}'.{nearest(run.method.name, METHODS)}", f"Known: {known}."
         )
+    _check_rates(run)
     storage.ensure_writable(storage.join(run.storage, run.name))
     found = _data_facts(run)
     uri = tracking_uri(run.tracking)
@@ -98,7 +103,9 @@ def check(run: RunConfig) -> Plan:
 def write_recipe(plan: Plan) -> None:
     """The resolved recipe and the lineage into the run folder."""
     storage.write_bytes(storage.join(plan.folder, RECIPE), to_yaml(plan.run).encode())
-    storage.write_bytes(storage.join(plan.folder, "lineage.json"), json.dumps(plan.lineage, indent=1).encode())
+    features = {"features": plan.cached[0].digest} if plan.cached else {}
+    facts = json.dumps({**plan.lineage, **features}, indent=1)
+    storage.write_bytes(storage.join(plan.folder, "lineage.json"), facts.encode())
 
 
 def finished(plan: Plan) -> dict[str, Any] | None:
@@ -116,6 +123,21 @@ def read_json(url: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _check_rates(run: RunConfig) -> None:
+    """Not a rule of the recipe itself: models that were trained so can still be read."""
+    train = run.train
+    if train.min_lr > train.lr:
+        raise ConfigError(
+            f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}: the rate would rise to it.",
+            "Lower train.min_lr as well.",
+        )
+    if train.warmup_steps >= train.steps > 1:
+        log.warning(
+            "train.warmup_steps %d is no less than train.steps %d: the learning rate never reaches train.lr.",
+            train.warmup_steps, train.steps,
+        )  # fmt: skip
 
 
 def _check_vision(run: RunConfig) -> None:
@@ -223,10 +245,15 @@ def _check_same_run(plan: Plan) -> None:
         return
     changes = manifest.changed_fields(_read_stored(stored), plan.run)
     before = read_json(storage.join(plan.folder, "lineage.json")) or {}
-    for part, field in (("data", "digest"), ("parent", "version")):
+    for part, field in (("data", "digest"), ("parent", "version"), ("parent", "digest")):
         was, now = (before.get(part) or {}).get(field), (plan.lineage.get(part) or {}).get(field)
-        if before and was != now:
+        kept = (part, field) != ("parent", "digest") or was is not None  # that of a folder has not always been kept
+        if before and kept and was != now:
             changes.append(f"{part} {field}: was {was}{_mixed(before, part)}, is {now}{_mixed(plan.lineage, part)}")
+    for base in plan.cached:
+        was = before.get("features", base.digest)
+        if was != base.digest:
+            changes.append(f"weights of the encoder that made the features: were {was}, are {base.digest}")
     if changes and not any(storage.exists(storage.join(plan.folder, kept)) for kept in ("checkpoints", "artefact")):
         for name in _OF_A_START:
             storage.delete(storage.join(plan.folder, name))
@@ -250,7 +277,7 @@ def _read_stored(url: str) -> RunConfig:
 
     try:
         stored = yaml.safe_load(storage.read_bytes(url))
-        values = manifest.with_later_fields(stored) if isinstance(stored, dict) else {}
+        values = with_later_fields(stored) if isinstance(stored, dict) else {}
         return load_run(None, methods=method_configs(), values=values)
     except (ConfigError, yaml.YAMLError, UnicodeDecodeError) as error:
         problem = error.problem if isinstance(error, ConfigError) else str(error).splitlines()[0]

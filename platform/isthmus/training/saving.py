@@ -100,6 +100,7 @@ class Saving:
         if first:
             with contextlib.suppress(StorageError):  # tried again behind the next one
                 checkpoint.prune(
-                    self.job.checkpoints, self.train.keep_checkpoints, keep_best=self.train.keep_best is not None
-                )
+                    self.job.checkpoints, self.train.keep_checkpoints, keep_best=self.train.keep_best is not None,
+                    upto=pending.step, run=self.identity,
+                )  # fmt: skip
             self.note("checkpoint", step=pending.step)

@@ -7,9 +7,9 @@ import json
 import threading
 from pathlib import Path
 
-from isthmus import registry
+from isthmus import registry, storage
 from isthmus.registry import manifest
-from isthmus.training.preflight import Plan
+from isthmus.training.preflight import Plan, read_json
 
 
 def control_tags(plan: Plan) -> dict[str, str]:
@@ -39,14 +39,12 @@ class Tracked:
                 registry.end_run(self.plan.uri, self._id, status)
 
     def _open(self) -> str:
-        plan, known = self.plan, None
-        if self._file.exists():
-            stored = json.loads(self._file.read_text())
-            known = stored["run_id"] if stored["uri"] == plan.uri else None
+        plan, stored = self.plan, read_json(str(self._file)) or {}
+        known = stored.get("run_id") if stored.get("uri") == plan.uri else None
         tags = {"isthmus.run": plan.run.name, "isthmus.storage": plan.run.storage, "isthmus.digest": plan.digest}
         tags |= control_tags(plan)
         run_id = registry.start_run(plan.uri, plan.run.tracking.experiment, plan.run.name, run_id=known, tags=tags)
-        self._file.write_text(json.dumps({"uri": plan.uri, "run_id": run_id}))
+        storage.write_bytes(str(self._file), json.dumps({"uri": plan.uri, "run_id": run_id}).encode())
         lineage = manifest.flatten({"lineage": dict(plan.lineage)})
         registry.log_params(plan.uri, run_id, {**manifest.flatten(plan.run.model_dump(mode="json")), **lineage})
         return run_id

@@ -337,7 +337,7 @@ class Worker:
 
     def _identity(self) -> dict[str, str]:
         """What every checkpoint of this run is a state of."""
-        bases = {f"{base.role} weights": base.digest for base in self.stage.bases}
+        bases = {f"{base.role} weights": base.digest for base in (*self.stage.bases, *self.job.cached)}
         return run_identity(self.run, self.job.lineage) | bases
 
     def _export(self) -> None:

@@ -124,6 +124,15 @@ def test_rows_on_different_data_are_refused(tmp_path: Path) -> None:
         written(tmp_path, given)
 
 
+def test_rows_on_other_counts_of_images_are_refused(tmp_path: Path) -> None:
+    given = results()
+    given["stage1-eval"]["images"] = 50
+    with pytest.raises(
+        DataError, match="'stage1-eval' measured 'stage 1' on 50 images, and step 'projector-eval' on 600"
+    ):
+        written(tmp_path, given)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from isthmus.errors import ConfigError
-from isthmus.pipeline import engine
+from isthmus.pipeline import console, engine, steps
 from isthmus.pipeline.engine import load_pipeline, run_pipeline, substitute
 
 
@@ -24,8 +24,9 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         Path(f"made-{options.get('n')}").touch()
         return {"value": len(seen), "url": f"made-{options.get('n')}"}
 
-    monkeypatch.setitem(engine.STEPS, "fetch", work)
-    monkeypatch.setitem(engine.STEPS, "index", work)
+    for kind in ("fetch", "index"):
+        monkeypatch.setitem(engine.STEPS, kind, work)
+        monkeypatch.delitem(steps.OPTIONS, kind)
     return seen
 
 
@@ -58,8 +59,9 @@ def test_a_step_whose_output_was_taken_away_is_run_again(tmp_path, calls):
     path = pipeline_file(tmp_path)
     run_pipeline(path)
     Path("made-7").unlink()
-    run_pipeline(path)
-    assert [c["n"] for c in calls] == [7, 2, 7]
+    results = run_pipeline(path)
+    # What it found is another thing (its value counts the calls), so the second one, asked the same, follows.
+    assert [c["n"] for c in calls] == [7, 2, 7, 2] and results["second"]["value"] == 4
 
 
 def test_a_mistyped_parameter_is_named_with_its_neighbour(tmp_path, calls):
@@ -92,7 +94,7 @@ def test_a_torn_record_is_no_record(tmp_path, calls):
     record = tmp_path / "out" / "steps" / "first.json"
     record.write_text(record.read_text()[:20])
     run_pipeline(path)
-    assert len(calls) == 3
+    assert [c["n"] for c in calls][2] == 7
 
 
 def test_fresh_forgets_the_records(tmp_path, calls):
@@ -147,3 +149,66 @@ def test_records_are_files_of_a_folder_that_stays(tmp_path, calls, monkeypatch):
     with pytest.raises(ConfigError, match="a folder that Ray deletes"):
         run_pipeline(pipeline_file(tmp_path), ["out=runs/x"])
     assert not calls and not list(scratch.iterdir())
+
+
+def test_times_alone_are_nothing_else(tmp_path, calls, monkeypatch):
+    monkeypatch.setitem(engine.STEPS, "fetch", lambda _, o: {"url": str(tmp_path), "seconds": len(calls), "images": 3})
+    monkeypatch.setitem(engine.STEPS, "index", lambda _, o: calls.append(o) or {"url": str(tmp_path)})
+    path = pipeline_file(tmp_path)
+    run_pipeline(path)
+    (tmp_path / "out" / "steps" / "first.json").unlink()
+    run_pipeline(path)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"id": "c", "run": "train", "recipe": "gone.yaml"}, "gone.yaml, which does not exist"),
+        ({"id": "c", "run": "index", "options": {"url": "${frist.url}"}}, "Did you mean 'first.url'"),
+        ({"id": "c", "run": "index", "says": "${sead}"}, "Did you mean 'seed'"),
+        ({"id": "c", "run": "cache", "options": {"data": "x", "out": "y", "actor": 1}}, "Did you mean 'actors'"),
+        (
+            {"id": "c", "run": "report", "options": {"retrieval": "secund"}},
+            "'retrieval' names 'secund', which is no earlier step. Did you mean 'second'",
+        ),
+    ],
+)
+def test_what_a_late_step_names_is_checked_before_the_first_one_runs(tmp_path, calls, step, said):
+    first = {"id": "first", "run": "fetch", "options": {"n": 1}}
+    path = pipeline_file(tmp_path, steps=[first, {"id": "second", "run": "index"}, step])
+    with pytest.raises(ConfigError, match=said):
+        run_pipeline(path)
+    assert not calls
+
+
+def test_a_pipeline_that_extends_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nparams:\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_pipeline(tmp_path / "a.yaml")
+
+
+def test_no_parameters_are_none(tmp_path, calls):
+    pipeline_file(tmp_path)
+    (tmp_path / "longer.yaml").write_text("extends: p.yaml\nparams:\n")
+    assert load_pipeline(tmp_path / "longer.yaml").params == {"seed": 7}
+
+
+def test_texts_over_a_recipe_stay_as_they_are(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: m\ndata: d\nout: o\nprompt: a\n")
+    given = {"prompt": "Question: what? Answer: ", "data": "007", "out": "image #1", "tracking.experiment": "no"}
+    found = steps._laid_over(recipe, given)
+    assert found == {
+        "model": "m", "data": "007", "out": "image #1", "prompt": "Question: what? Answer: ",
+        "tracking": {"experiment": "no"},
+    }  # fmt: skip
+
+
+def test_what_looks_like_markup_is_shown(capsys):
+    console.announce(1, 2, "step", "[/INST] a cat")
+    console.finished(1.0, {"answer": "[/x] a dog"})
+    console.reused({"answer": "[bold] a bird"})
+    said = capsys.readouterr().err
+    assert "[/INST] a cat" in said and "[/x] a dog" in said and "[bold] a bird" in said

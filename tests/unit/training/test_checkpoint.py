@@ -165,6 +165,27 @@ def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(tmp_path: Pa
     assert checkpoint.newest(str(tmp_path))[0].step == 20  # type: ignore[union-attr]
 
 
+def test_what_a_new_try_passed_over_does_not_push_out_its_own(tmp_path: Path) -> None:
+    """Left by a run on other weights, beyond the step that this one has reached."""
+    own, other = {"vision weights": "b" * 64}, {"vision weights": "c" * 64}
+    for step in (800, 1000):
+        save(tmp_path, step, run=other)
+    for step in (200, 400, 600):
+        save(tmp_path, step, attempt=2, run=own)
+        checkpoint.prune(str(tmp_path), keep=2, keep_best=True, upto=step, run=own)
+        found, _ = checkpoint.newest(str(tmp_path), own)
+        assert found is not None and found.step == step
+    for step in (800, 1000):
+        save(tmp_path, step, attempt=2, run=own)
+        checkpoint.prune(str(tmp_path), keep=2, upto=step, run=own)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-00000800-a2", "step-00001000-a1", "step-00001000-a2"
+    ]  # fmt: skip
+    save(tmp_path, 1200, attempt=2, run=own)
+    checkpoint.prune(str(tmp_path), keep=2, upto=1200, run=own)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00001000-a2", "step-00001200-a2"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, put = threading.Event(), checkpoint.put_file
     monkeypatch.setattr(checkpoint, "put_file", lambda *a: (go.wait(30), put(*a)))

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from isthmus.errors import ConfigError
 from isthmus.training.metrics import Shipper, Spool, read_rows
 
@@ -33,6 +35,44 @@ def test_spool_cuts_what_a_killed_process_left_of_its_last_line(tmp_path: Path) 
     spool = Spool(str(file))
     spool.append(row(10))
     assert [r["step"] for r in read_rows(file)] == [5, 10]
+
+
+def test_a_row_that_a_full_disk_cuts_short_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "m.jsonl"
+    spool = Spool(str(file))
+    spool.append(row(1))
+    opened = Path.open
+
+    class Full:
+        """Writes half of what it is given."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.stream.close()
+
+        def write(self, text: str) -> None:
+            self.stream.write(text[: len(text) // 2])
+            self.stream.flush()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(opened(self, *a, **k)))
+    with pytest.raises(OSError, match="No space left"):
+        spool.append(row(2))
+    monkeypatch.undo()
+    spool.append(row(2))
+    spool.append(row(3))
+    assert [r["step"] for r in read_rows(file)] == [1, 2, 3]
+
+
+def test_a_line_that_is_no_row_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "m{"step": 3}\n\n{"step": 4}\n')
+    assert [r["step"] for r in read_rows(file)] == [1, 4] and Spool(str(file)).last == 4
 
 
 def test_the_first_fault_counts_and_ranks_are_counted_once(tmp_path: Path) -> None:

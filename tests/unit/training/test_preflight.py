@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,36 @@ def test_a_run_name_belongs_to_one_recipe(root: str, sections: dict[str, Any], f
     with pytest.raises(ConfigError, match=field) as caught:
         preflight.check(tiny.recipe(root, "a", **sections))
     assert "another name" in caught.value.mend
+
+
+def test_a_rate_that_would_rise_is_refused_and_a_long_warm_up_told(root: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"train\.min_lr 1e-05 is above train\.lr 5e-06"):
+        preflight.check(tiny.recipe(root, "a", train={"lr": 5e-6, "min_lr": 1e-5}))
+    preflight.check(tiny.recipe(root, "b", train={"warmup_steps": 9}))
+    assert "never reaches train.lr" in caplog.text
+
+
+def test_a_cache_made_anew_by_other_weights_is_refused(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "seeing", MethodSpec(SeeingConfig, tiny.build))
+    run = tiny.recipe(root, "a", data={"placement": "cached", "cache": f"{root}/cache"})
+    run = run.model_copy(update={"method": SeeingConfig(name="seeing")})
+    meta = Meta(Manifest.load(f"{root}/data").digest)
+    monkeypatch.setattr("isthmus.data.features.read_meta", lambda url: meta)
+    preflight.write_recipe(preflight.check(run))
+    (Path(root) / "runs" / "a" / "checkpoints").mkdir()
+    preflight.check(run)
+    meta.encoder_digest = "f" * 64
+    with pytest.raises(ConfigError, match="weights of the encoder that made the features: were eeee"):
+        preflight.check(run)
+
+
+def test_a_parent_folder_with_other_content_is_another_parent(root: str) -> None:
+    begun(root)
+    file = Path(root) / "runs" / "a" / "lineage.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "parent": {"name": "artefact", "version": "", "digest": "a" * 64}}))
+    with pytest.raises(ConfigError, match="parent digest: was aaaa"):
+        preflight.check(tiny.recipe(root, "a"))
 
 
 def test_a_run_that_has_not_come_to_a_checkpoint_may_be_mended_and_starts_anew(root: str) -> None:
