@@ -249,10 +249,24 @@ def test_aliases_that_the_registry_cannot_have_are_refused_at_once(alias: str) -
     assert run(model={"name": "bridge 2.0", "alias": "v1-good"}).model is not None
 
 
+MERGED = """
+base: &base {lr: 1, steps: 10}
+one:
+  train: &one
+    <<: *base
+    steps: 20
+    lr: 2
+two:
+  <<: *one
+  lr: 3
+  train: *one
+"""
+
+
 def test_a_key_that_is_there_twice_is_refused_by_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("name: a\ntrain: {steps: 1}\ndata: &x {train: d}\ntrain: {lr: 1}\n")
     with pytest.raises(ConfigError, match="line 4, column 1 is not valid YAML: the key 'train' is there a second time"):
         read_yaml(file)
-    file.write_text("base: &b {steps: 1}\ntrain: {<<: *b, lr: 1}\n")
-    assert read_yaml(file)["train"] == {"steps": 1, "lr": 1}
+    file.write_text(MERGED)
+    assert read_yaml(file)["two"] == {"train": {"lr": 2, "steps": 20}, "lr": 3, "steps": 20}

@@ -74,8 +74,9 @@ def text_features(manifest: Manifest, text: TextConfig, config: SelectConfig) ->
     """The mean over each sample's captions of their unit vectors. Raises as :func:`run_bulk`."""
     job = Job("text features", {**text_facts(text), "manifest": manifest.digest, "chunk": config.chunk})
     out = storage.join(config.out, "text", job.digest[:SHOWN])
-    work = OpenTextWork(text, manifest.root, config.batch, config.gpus_per_actor > 0)
-    give = Resources(config.actors, config.cpus_per_actor, config.gpus_per_actor, config.max_failed_share)
+    gpus = config.gpus_per_actor or 0
+    work = OpenTextWork(text, manifest.root, config.batch, gpus > 0)
+    give = Resources(config.actors, config.cpus_per_actor, gpus, config.max_failed_share)
     run_bulk(f"encoding texts, {text_label(text)}", job, manifest, out, config.chunk, work, give)
     parts = [url for url, _ in storage.list_files(storage.join(out, PARTS), (".parquet",))]
     table = pa.concat_tables([pq.read_table(pa.BufferReader(storage.read_bytes(part))) for part in parts])

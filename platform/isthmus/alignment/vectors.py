@@ -24,7 +24,8 @@ from isthmus.inference.embed import TEXTS
 GROUP = 4096  # captions that are scored at once
 DECIMALS = 5
 """Of a score. A product rounds a row by its place in the block, an encoder by the texts beside it: without this, equal
-captions would differ by the cut into chunks and batches, and ties would not go by id."""
+captions would differ by the cut into chunks and batches, and ties would not go by id. (One whose score lies within an
+encoder's rounding, some 1e-7, of the border between two values still may.)"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class Encoded:
         for first in range(0, len(rows), GROUP):
             samples, aside = read_captions(self._manifest, rows[first : first + GROUP])
             if samples:
-                distinct, place_M = np.unique([text for s in samples for text in s.captions], return_inverse=True)
-                vectors = self._encode(distinct.tolist())[place_M]
+                texts = [text for sample in samples for text in sample.captions]
+                place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+                vectors = self._encode(list(place))[[place[text] for text in texts]]
                 counts = [len(sample.captions) for sample in samples]
                 yield Group(np.array([s.id for s in samples]), vectors, np.cumsum([0, *counts[:-1]]))
             yield aside

@@ -49,7 +49,9 @@ class SelectConfig(Config):
     batch: Positive = 32
     actors: Positive = 2
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    gpus_per_actor: Annotated[float | None, Field(ge=0)] = Field(
+        None, description="not given: one for image encoders where the cluster has any, none for texts"
+    )
     max_failed_share: Fraction = 0.01
 
 

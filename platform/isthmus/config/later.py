@@ -16,10 +16,7 @@ CAME_LATER: Mapping[str, Any] = {
     "method.language.max_length_of": "caption",
     "method.qformer.compression": None,
     "method.qformer.init_segment": "fold",
-    "method.qformer.positions": None,
-    "method.vision.options": {},
     "train.eps": 1e-8,
-    "train.frozen": [],
     "train.gradient_checkpointing": False,
     "train.micro_batch": None,
     "zero.offload_optimizer": "none",
@@ -28,13 +25,10 @@ CAME_LATER: Mapping[str, Any] = {
 """Fields with the value that runs before them worked with. With that value they do not count in a run's digest, so that
 a run which had finished before still has."""
 
-_OF_A_METHOD: Mapping[str, Mapping[str, Any]] = {"projector": {"method.contrast_over": "global"}}
-"""The same of a method's own options, which others do not have."""
-
-
-def later_fields(method: str) -> dict[str, Any]:
-    """Those of a recipe of ``method``."""
-    return {**CAME_LATER, **_OF_A_METHOD.get(method, {})}
+_COUNTED: Mapping[str, Any] = {"method.qformer.positions": None, "method.vision.options": {}, "train.frozen": []}
+_COUNTED_OF: Mapping[str, Mapping[str, Any]] = {"projector": {"method.contrast_over": "global"}}
+"""Later fields, of all methods and of one, that have been part of digests ever since: they have to stay, or every run
+since then would be another one. Recipes from before them can be read."""
 
 
 def with_later_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +36,7 @@ def with_later_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
     out = copy.deepcopy(dict(recipe))
     method = out.get("method")
     name = method.get("name") if isinstance(method, Mapping) else None
-    for field, value in later_fields(str(name)).items():
+    for field, value in {**CAME_LATER, **_COUNTED, **_COUNTED_OF.get(str(name), {})}.items():
         *sections, key = field.split(".")
         place: Any = out
         for section in sections:

@@ -30,7 +30,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"There is no recipe at {file}.{nearest(file.name, siblings)}", "Give the path of a YAML file."
         )
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - a SafeLoader
+        value = _load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -42,19 +42,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two sections of one name without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else None
-            if name is not None and name != "<<" and name in seen:
+def _load(text: str) -> Any:
+    """YAML's safe loader, which by itself takes the last of two sections of one name without a word."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            names = [key.value for key in keys]
+            if twice := next((key for n, key in enumerate(keys) if key.value in names[:n]), None):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{name}' is there a second time", key.start_mark
+                    None, None, f"the key '{twice.value}' is there a second time", twice.start_mark
                 )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+            waiting += [value for _, value in node.value]
+    return yaml.safe_load(text)
 
 
 def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

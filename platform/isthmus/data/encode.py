@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from isthmus.data.parallel import ray_is_up, store_environment
 from isthmus.data.readers import Failure
 from isthmus.errors import ConfigError, DataError
 from isthmus.progress import progress
+from isthmus.ray_session import joins_cluster
+
+log = logging.getLogger(__name__)
 
 _PART_BYTES = 64 << 20
 _PART_ROWS = 512
@@ -299,7 +303,7 @@ class _Actors:
     def __init__(self, task: Task, count: int, cpus: float, gpus: float | None) -> None:
         import ray
 
-        count, gpus = fitting(ray.cluster_resources(), count, cpus, gpus)
+        count, gpus = fitting(ray.cluster_resources(), count, cpus, gpus, grows=joins_cluster())
         remote: Any = ray.remote(Encoder).options(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)
         self._ray: Any = ray
         self._actors: list[Any] = [remote.remote(task, store_environment(), True) for _ in range(count)]
@@ -331,18 +335,26 @@ class _Actors:
             raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
-def fitting(there: Mapping[str, float], count: int, cpus: float, gpus: float | None) -> tuple[int, float]:
+def fitting(
+    there: Mapping[str, float], count: int, cpus: float, gpus: float | None, *, grows: bool
+) -> tuple[int, float]:
     """Actors that the cluster has room for, at most ``count``, and the GPUs of each: where ``gpus`` is None, one if the
     cluster has any. An actor beyond would wait for a place for ever, and with it the part that it was handed.
 
+    Args:
+        there: the cluster's resources.
+        grows: nodes may join later; then one actor is asked for where there is no room yet.
+
     Raises:
-        ConfigError: there is no room for one.
+        ConfigError: there is no room for one, and none to come.
     """
     if gpus is None:
         gpus = 1.0 if there.get("GPU") else 0.0
     asked = {"CPU": cpus, "GPU": gpus}
-    room = min(int(there.get(kind, 0) // share) for kind, share in asked.items() if share)
-    if room < 1:
+    room = min(int(there.get(kind, 0) / share + 1e-9) for kind, share in asked.items() if share)
+    if room < 1 and grows:
+        log.warning("No node has %g CPUs and %g GPUs for an encoding actor yet; waiting for one to join.", cpus, gpus)
+    elif room < 1:
         raise ConfigError(
             f"An encoding actor asks for {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has "
             f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}.",

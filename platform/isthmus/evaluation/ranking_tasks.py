@@ -123,6 +123,10 @@ def classification(held: Held) -> TaskResult:
         raise DataError(
             "classification.class_names goes with an indexed data set.", "Name a layout's in layout.class_names."
         )
+    if twice := next((name for name in names.values() if list(names.values()).count(name) > 1), None):
+        raise DataError(
+            f"{config.classification.class_names} calls two classes '{twice}'.", "Tell them apart, as 'crane (bird)'."
+        )
     labels = _labels(held.gather("read", "reading", extras=True), names, held.source.root, listed)
     classes = listed or tuple(sorted({*names.values()} or {*labels.values()}))
     if len(classes) < 2:

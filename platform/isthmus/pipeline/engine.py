@@ -138,12 +138,12 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), *, fresh: bool
     scope: dict[str, Any] = {**pipeline.params}
     out = _folder(substitute(pipeline.out, scope))
     scope["out"] = str(out)
+    _check_ahead(path, pipeline, scope)
     records = out / "steps"
     records.mkdir(parents=True, exist_ok=True)
     if fresh:
         for record in records.glob("*.json"):
             record.unlink()
-    _check_ahead(path, pipeline, scope)
     results: dict[str, Any] = {}
     chain = ""
     for number, step in enumerate(pipeline.steps, 1):

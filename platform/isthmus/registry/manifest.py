@@ -11,7 +11,7 @@ from typing import Any
 
 import isthmus
 from isthmus.config import DataConfig, RunConfig, whole_weights
-from isthmus.config.later import later_fields
+from isthmus.config.later import CAME_LATER
 from isthmus.contracts import Base, ModelVersion
 
 MAY_CHANGE = (
@@ -85,7 +85,7 @@ def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
     parent = lineage.get("parent") or {}
     content = [parent["digest"]] if parent.get("digest") else []
     facts = {
-        "recipe": _without_later(settled_fields(run), run),
+        "recipe": _without_later(settled_fields(run)),
         "data": lineage.get("data", {}).get("digest"),
         "parent": [parent.get("name"), parent.get("version"), *content],
     }
@@ -95,14 +95,13 @@ def recipe_digest(run: RunConfig, lineage: Mapping[str, Any]) -> str:
 def run_identity(run: RunConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
     """What stays the same over all tries of a run, as digests by name. Other checkpoints are not the run's."""
     fixed = {k: v for k, v in settled_fields(run).items() if k not in ("name", MAY_GROW, *ROUNDING)}
-    recipe = hashlib.sha256(json.dumps(_without_later(fixed, run), sort_keys=True).encode()).hexdigest()
+    recipe = hashlib.sha256(json.dumps(_without_later(fixed), sort_keys=True).encode()).hexdigest()
     data = lineage.get("data", {}).get("digest")
     return {"recipe": recipe, **({"data": data} if data else {})}
 
 
-def _without_later(fields: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
-    later = later_fields(run.method.name)
-    return {name: value for name, value in fields.items() if name not in later or value != later[name]}
+def _without_later(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 
 def data_record(data: DataConfig, found: Sequence[tuple[str, int]]) -> dict[str, Any]:

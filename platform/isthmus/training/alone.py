@@ -24,12 +24,13 @@ def alone_in(folder: str) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
+        StorageError: nothing can be written there.
     """
     if not storage.is_local(folder):
         yield
         return
+    storage.ensure_writable(folder)
     file = Path(storage.local_path(folder)) / LOCK
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+", encoding="utf-8") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -189,15 +189,16 @@ def test_all_corrupt_and_overflowing_features_are_errors(dataset: str, tmp_path:
         ({"CPU": 8.0}, (2, 1, None), (2, 0.0)),
         ({"CPU": 8.0}, (20, 1, None), (8, 0.0)),
         ({"CPU": 8.0, "GPU": 1.0}, (2, 1, None), (1, 1.0)),
-        ({"CPU": 8.0, "GPU": 1.0}, (9, 1, 0.25), (4, 0.25)),
+        ({"CPU": 8.0, "GPU": 1.0}, (9, 1, 0.2), (5, 0.2)),
         ({"CPU": 8.0, "GPU": 1.0}, (9, 2, 0), (4, 0)),
     ],
 )
 def test_no_more_actors_than_there_is_room_for(there: Any, asked: Any, given: Any) -> None:
     """One that finds no room would wait for ever, with a part in its hands."""
-    assert fitting(there, *asked) == given
+    assert fitting(there, *asked, grows=False) == given
 
 
 def test_an_actor_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(ConfigError, match="asks for 1 CPUs and 2 GPUs, and the cluster has 8 and 1"):
-        fitting({"CPU": 8.0, "GPU": 1.0}, 2, 1, 2)
+        fitting({"CPU": 8.0, "GPU": 1.0}, 2, 1, 2, grows=False)
+    assert fitting({"memory": 1e9}, 2, 1, None, grows=True) == (1, 0.0), "a head without CPUs, whose nodes are to come"

@@ -37,10 +37,20 @@ def test_each_form_is_read(data: str, table: dict[str, str], tmp_path: Path) -> 
         ("[1, 2]", "name of class '0' is 1"),
         ('["tench", ', "begins as JSON and is not valid"),
         ("\n\n", "names no class"),
+        ("", "names no class"),
         (b"t\xe4nch", "not UTF-8"),
     ],
 )
 def test_what_holds_no_names_is_refused_by_file(data: str | bytes, said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said) as error:
         read_names(written(tmp_path, data))
+    with pytest.raises(DataError, match=said):
+        read_table(written(tmp_path, data))
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("data", ["cat\n\ndog", '["cat", "", "dog"]'])
+def test_a_number_without_a_name_does_not_shift_the_others(data: str, tmp_path: Path) -> None:
+    assert read_names(written(tmp_path, data)) == ("cat", "dog")
+    with pytest.raises(DataError, match="no name for the class '1'"):
+        read_table(written(tmp_path, data))

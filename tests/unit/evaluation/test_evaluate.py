@@ -301,6 +301,9 @@ def test_labels_in_the_samples_are_the_classes(tmp_path: Path) -> None:
     assert (numbers["images"], numbers["classes"]) == (7, 8), "0 is a class, and all that are named are classes"
     assert numbers["top_1"] > 0.8
     assert numbers["classes_from"] == "classification.class_names"
+    (tmp_path / "same.txt").write_text("\n".join(["crane"] * 2 + [f"number {n}" for n in range(5)]))
+    with pytest.raises(DataError, match="calls two classes 'crane'"):
+        scored(numbered, "classification", classification={"class_names": str(tmp_path / "same.txt")})
     (tmp_path / "few.txt").write_text("number 0\nnumber 1")
     with pytest.raises(DataError, match="no name for the label '2'"):
         scored(numbered, "classification", classification={"class_names": str(tmp_path / "few.txt")})

@@ -177,9 +177,11 @@ def test_times_alone_are_nothing_else(tmp_path, calls, monkeypatch):
 def test_what_a_late_step_names_is_checked_before_the_first_one_runs(tmp_path, calls, step, said):
     first = {"id": "first", "run": "fetch", "options": {"n": 1}}
     path = pipeline_file(tmp_path, steps=[first, {"id": "second", "run": "index"}, step])
+    (tmp_path / "out" / "steps").mkdir(parents=True)
+    (tmp_path / "out" / "steps" / "first.json").write_text("{}")
     with pytest.raises(ConfigError, match=said):
-        run_pipeline(path)
-    assert not calls
+        run_pipeline(path, fresh=True)
+    assert not calls and (tmp_path / "out" / "steps" / "first.json").exists(), "nothing is forgotten either"
 
 
 def test_a_pipeline_that_extends_itself_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, StorageError
 from isthmus.training.alone import alone_in
 
 HOLD = """
@@ -35,6 +35,12 @@ def test_a_second_driver_is_refused_until_the_first_has_ended_however_it_does(tm
         other.wait()
         with alone_in(str(tmp_path / "run")):
             pass
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError), alone_in(str(tmp_path / "file" / "run")):
+        pytest.fail("held")
 
 
 def test_it_is_let_go_of_behind_the_block(tmp_path: Path) -> None:
