@@ -5,6 +5,7 @@ Everything here is quick (well under a second each) and deterministic: the same 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +62,7 @@ def tiny_bert(folder: str | Path, *, layers: int = 2, width: int = 32, heads: in
     Returns:
         a TextConfig that points at it (``config.weights`` is the folder), 16 tokens long.
     """
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _aside(folder)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS) - set(letters)), *letters]
     vocab += [f"##{letter}" for letter in letters] + list(".,!?'-")
@@ -78,7 +78,8 @@ def tiny_bert(folder: str | Path, *, layers: int = 2, width: int = 32, heads: in
         max_position_embeddings=64,
     )
     _save(_seeded(lambda: BertModel(config), seed), out)
-    return TextConfig(weights=str(out), max_length=16)
+    _put(out, folder)
+    return TextConfig(weights=str(folder), max_length=16)
 
 
 def tiny_lm(
@@ -92,12 +93,12 @@ def tiny_lm(
     Returns:
         a LanguageConfig that points at it.
     """
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _aside(folder)
     tokenizer = _bpe(family)
     tokenizer.save_pretrained(out)
     _save(_seeded(lambda: _language_model(family, tokenizer, layers, width, heads), seed), out)
-    return LanguageConfig(weights=str(out), max_length=16)
+    _put(out, folder)
+    return LanguageConfig(weights=str(folder), max_length=16)
 
 
 def tiny_t5(
@@ -110,8 +111,7 @@ def tiny_t5(
     Returns:
         a LanguageConfig that points at it.
     """
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _aside(folder)
     tokenizer = _t5_tokenizer()
     tokenizer.save_pretrained(out)
     feed_forward = "relu" if tied else "gated-gelu"
@@ -134,7 +134,8 @@ def tiny_t5(
         return model
 
     _save(_seeded(build, seed), out)
-    return LanguageConfig(weights=str(out), max_length=16)
+    _put(out, folder)
+    return LanguageConfig(weights=str(folder), max_length=16)
 
 
 def _language_model(
@@ -236,6 +237,18 @@ def _seeded(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
             if "norm" not in name.lower() and "ln_" not in name:
                 parameter.data.normal_(0.0, 0.15)
     return model.float().eval()
+
+
+def _aside(folder: str | Path) -> Path:
+    """Where files are written before :func:`_put`: two ranks may make one backbone, and read each other's files."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".writing-", dir=Path(folder).parent))
+
+
+def _put(out: Path, folder: str | Path) -> None:
+    for file in out.iterdir():
+        file.replace(Path(folder) / file.name)  # the same content as that of another rank, whole at any time
+    out.rmdir()
 
 
 def _save(model: PreTrainedModel, out: Path) -> None:
