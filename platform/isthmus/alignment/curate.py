@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 TOP, WORK = "top", "work"
 MERGED = 16  # tables that one task merges
-PAIR_BYTES = 16  # class, id and score of a candidate
-LARGE = 100 * 2**30
+CANDIDATE_BYTES = 16  # class, id and score
+BEARABLE_BYTES = 100 * 2**30  # of candidates that are committed on the way, without a word
 BLOCK = 1 << 20  # ids that are looked up at once
 REPORT, CHOICE = "curation.json", "choice.parquet"
 
@@ -170,8 +170,8 @@ def _space_warning(config: CurateConfig, samples: int, classes: int, chunk: int)
     """A sentence where the candidates that are committed on the way may fill a disk: a chunk knows nothing of the
     others, so it keeps up to ``top`` of its samples for each class."""
     of_chunk = min(chunk * min(config.nearest or classes, classes), config.top * classes)
-    most = samples / chunk * of_chunk * PAIR_BYTES
-    if most <= LARGE or config.min_score is not None:
+    most = samples / chunk * of_chunk * CANDIDATE_BYTES
+    if most <= BEARABLE_BYTES or config.min_score is not None:
         return None
     return (
         f"Up to {most / 2**40:.1f} TiB of candidates may be kept in {storage.join(config.out, WORK)} while the data "

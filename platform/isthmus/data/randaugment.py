@@ -1,9 +1,9 @@
 """RandAugment: a few random changes of colour or geometry, all of one magnitude (Cubuk et al. 2020).
 
 The ten operations, their strengths and the even chance of each are those of vision-language pre-training (ALBEF's
-training code, which BLIP and the projectors' recipe use): none of them inverts, solarises or turns
-the hue. Equalising and stretching the contrast work on each channel, though: drawings of few colours may change those
-that their captions name. Pillow computes them; nothing here has a random state of its own.
+training code, which BLIP and the projectors' recipe use): none of them inverts, solarises or turns the hue. Equalising
+and stretching the contrast work on each channel, though: drawings of few colours may change those that their captions
+name. Pillow computes them; nothing here has a random state of its own.
 
 Shape letters: S side of a square image.
 """

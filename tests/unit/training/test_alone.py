@@ -43,7 +43,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pytest.fail("held")
 
 
-def test_it_is_let_go_of_behind_the_block(tmp_path: Path) -> None:
+def test_it_is_let_go_of_behind_the_block_and_not_before(tmp_path: Path) -> None:
     for _ in range(2):
-        with alone_in(str(tmp_path)):
-            pass
+        with alone_in(str(tmp_path)), pytest.raises(ConfigError, match="being trained by"), alone_in(str(tmp_path)):
+            pytest.fail("two at once")
